@@ -1,0 +1,1 @@
+"""Where blocks are computed: one interface, and the backends that serve it."""

@@ -1,0 +1,316 @@
+"""The one interface to compute. Everything above it is blind to what runs below."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ai4all.types.model import DeviceInfo, ModelFile
+from ai4all.types.task import FinishReason, Fingerprint, Usage
+
+__all__ = [
+    "Capabilities",
+    "Completion",
+    "EngineOptions",
+    "GenerateRequest",
+    "GenerationEvent",
+    "InferenceBackend",
+    "LoadedModel",
+    "PromptProgress",
+    "ResourceUsage",
+    "Timings",
+    "TokenEvent",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How to run a model. Zero or None means: let the engine choose.
+
+    Attributes:
+        n_ctx: Context of one sequence, in tokens. 0: the model's own, at most 4096.
+        n_batch: Tokens in one logical batch.
+        n_ubatch: Tokens in one physical batch; also the length of a prompt chunk.
+        n_slots: Sequences that can run at once.
+        threads: Threads for decoding. 0: one for each physical core.
+        threads_batch: Threads for prompts. 0: as ``threads``.
+        gpu_layers: Layers to offload. -1: all that the build and machine can.
+        flash_attention: "auto", "on" or "off".
+        kv_type: Type of the KV cache: "f16", "f32", "q8_0", "q4_0", "bf16".
+        use_mmap: Map the file instead of reading it.
+    """
+
+    n_ctx: int = 0
+    n_batch: int = 2048
+    n_ubatch: int = 512
+    n_slots: int = 1
+    threads: int = 0
+    threads_batch: int = 0
+    gpu_layers: int = -1
+    flash_attention: str = "auto"
+    kv_type: str = "f16"
+    use_mmap: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """The model a backend holds, and the shape it runs in.
+
+    Attributes:
+        file: What was loaded.
+        description: Architecture, size and quantisation, as the engine names them.
+        n_ctx: Context of one sequence, in tokens.
+        n_ctx_train: Context the model was trained with.
+        n_params: Number of parameters.
+        load_ms: Time the load took.
+        device: Name of the device that holds the layers ("CPU", "CUDA0", ...).
+        threads: Threads that decode.
+        has_chat_template: Whether the file brings a chat template.
+        metadata: The file's GGUF key-value pairs, as text.
+    """
+
+    file: ModelFile
+    description: str
+    n_ctx: int
+    n_ctx_train: int
+    n_params: int
+    load_ms: float
+    device: str
+    threads: int
+    has_chat_template: bool
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One generation.
+
+    Attributes:
+        prompt: The text to continue, or the user's message when ``system_prompt`` is given.
+        system_prompt: When not None, prompt and this are rendered by the model's chat template.
+        max_tokens: Most tokens to sample.
+        temperature: 0 is greedy.
+        top_k: 0 is off.
+        repetition_penalty: 1.0 is off.
+        seed: None draws one; the completion's fingerprint has it.
+        stop: Text that ends the generation and is not part of it.
+        ignore_eos: Sample on over end-of-generation tokens.
+        deterministic: One sequence, no reuse, fixed shapes.
+        grammar: GBNF, or None.
+        json_schema: JSON Schema as text, or None.
+        deadline: ``time.monotonic()`` value after which the work is dropped, or None.
+    """
+
+    prompt: str
+    system_prompt: str | None = None
+    max_tokens: int = 256
+    temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 0.9
+    min_p: float = 0.0
+    repetition_penalty: float = 1.1
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    deterministic: bool = False
+    grammar: str | None = None
+    json_schema: str | None = None
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time went, in milliseconds of the native loop's steady clock.
+
+    ``time_to_first_token_ms`` is first token sampled minus submitted, and is the sum of
+    ``queue_ms``, ``load_ms``, ``prompt_ms`` and ``first_sample_ms``. It is None when no token was
+    sampled. A rate is None when nothing was there to measure it on.
+    """
+
+    queue_ms: float
+    load_ms: float
+    prompt_ms: float
+    first_sample_ms: float
+    time_to_first_token_ms: float | None
+    total_ms: float
+    prompt_tokens_per_second: float | None
+    decode_tokens_per_second: float | None
+
+    def to_dict(self) -> dict[str, float | None]:
+        """The figures by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptProgress:
+    """A chunk of the prompt is done: ``processed`` of ``total`` tokens."""
+
+    processed: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """Text that became certain in one decode step, and the tokens sampled for it.
+
+    ``text`` may be empty while a code point or a stop sequence is still open.
+    ``completion_tokens`` counts all tokens sampled so far.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The last event of a generation that ended well."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    fingerprint: Fingerprint
+
+
+GenerationEvent = PromptProgress | TokenEvent | Completion
+
+
+@dataclass(frozen=True, slots=True)
+class ResourceUsage:
+    """What the process and its devices use now, in the units of the heartbeat.
+
+    ``cpu_percent`` is the share of the whole machine, 0..100. ``memory_mb`` is resident memory.
+    """
+
+    cpu_percent: float
+    memory_mb: int
+    gpu_percent: float | None
+    gpu_memory_mb: int | None
+    active_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend can do on this machine.
+
+    Attributes:
+        backend: "cpu", "cuda", "rocm", "vulkan" or "metal".
+        devices: What can compute, the one in use first.
+        engine_build: One line that names upstream commit, backend and CPU features.
+        vram_mb: Memory of the device in use when it is not the CPU.
+    """
+
+    backend: str
+    devices: tuple[DeviceInfo, ...]
+    engine_build: str
+    vram_mb: int | None
+    build_info: dict[str, Any] = field(default_factory=dict)
+
+
+class InferenceBackend(abc.ABC):
+    """Loads models and computes with them. All calls belong to one event loop's thread.
+
+    A backend holds at most one model. Failures of a block raise ``ComputeError``; misuse raises
+    ``EngineError``.
+    """
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """Short name: "native", "isolated", "fake"."""
+
+    @property
+    @abc.abstractmethod
+    def loaded(self) -> LoadedModel | None:
+        """The model that is ready, if any."""
+
+    @abc.abstractmethod
+    async def load(
+        self,
+        model: ModelFile,
+        options: EngineOptions,
+        progress: Callable[[float], None] | None = None,
+    ) -> LoadedModel:
+        """Load ``model``, in place of the one held before.
+
+        Args:
+            progress: Called on the loop's thread with a share in 0..1.
+
+        Raises:
+            LoadFailed: The file could not be loaded.
+            OutOfMemory: It does not fit.
+        """
+
+    @abc.abstractmethod
+    async def unload(self) -> None:
+        """Drop the model and give its memory back. Without one, does nothing."""
+
+    @abc.abstractmethod
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerationEvent, None]:
+        """Generate; the last event is a ``Completion``. Closing the iterator cancels the work.
+
+        A request may be made while a load is under way; it waits, and its timings say how long.
+
+        Raises:
+            ComputeError: As its code says; ``DeadlineExceeded`` and ``Cancelled`` carry
+                ``completion_tokens`` in their details.
+            EngineBusy: The queue is full.
+            EngineClosed: The backend is closed, or nothing is loaded or loading.
+        """
+
+    @abc.abstractmethod
+    def resource_usage(self) -> ResourceUsage:
+        """What this process and its devices use now. Never blocks."""
+
+    @abc.abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What this backend can do on this machine."""
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """End all work and free everything. May be called again."""
+
+    async def complete(self, request: GenerateRequest) -> Completion:
+        """Generate to the end and return the ``Completion``.
+
+        Raises:
+            As ``generate``.
+        """
+        stream = self.generate(request)
+        try:
+            async for event in stream:
+                if isinstance(event, Completion):
+                    return event
+        finally:
+            await stream.aclose()
+        raise AssertionError("a generation ended without a completion")
+
+    async def embed(self, texts: Sequence[str], *, normalize: bool = True) -> Any:
+        """Embed texts. Not offered by a backend that does not override it.
+
+        Raises:
+            UnsupportedTask: Always, here.
+        """
+        from ai4all.errors import UnsupportedTask
+
+        raise UnsupportedTask(f"the {self.name} backend does not embed")
+
+    async def score_labels(self, text: str, labels: Sequence[str]) -> Any:
+        """Score labels for a text. Not offered by a backend that does not override it.
+
+        Raises:
+            UnsupportedTask: Always, here.
+        """
+        from ai4all.errors import UnsupportedTask
+
+        raise UnsupportedTask(f"the {self.name} backend does not score labels")
+
+    async def __aenter__(self) -> InferenceBackend:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
