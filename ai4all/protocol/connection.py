@@ -1,0 +1,473 @@
+"""The one place where the protocol meets a socket: an asyncio shell around ``Session``.
+
+Whatever happens (a message, a deadline, a call of the worker), one turn follows: take the
+session's events, write its frames, look at its deadline, hand the events to the worker. The shell
+knows how to connect, when to connect again and what must never be logged; everything else is the
+session's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import email.utils
+import ipaddress
+import logging
+import ssl
+import urllib.parse
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final, Protocol
+
+import structlog
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import (
+    ConnectionClosed,
+    InvalidHandshake,
+    InvalidProxy,
+    InvalidStatus,
+    InvalidURI,
+)
+
+from ai4all import __version__
+from ai4all.errors import (
+    ConfigError,
+    LinkError,
+    MaxReconnectsExceeded,
+    RegistrationFailed,
+    VersionMismatch,
+)
+from ai4all.protocol.events import (
+    CloseLink,
+    RegistrationRefused,
+    SessionEvent,
+    SessionStarted,
+    VersionRefused,
+)
+from ai4all.protocol.session import Session
+
+__all__ = ["Connection", "LinkOptions", "ReconnectPolicy", "check_url", "is_retryable"]
+
+_log = structlog.get_logger(__name__)
+
+# The library writes whole handshakes, token included, at this level and below.
+_wire_log = logging.getLogger("ai4all.protocol.websocket")
+_wire_log.addFilter(lambda record: record.levelno > logging.DEBUG)
+
+_CLOSE_NORMAL: Final = 1000
+_URL_KEY: Final = "coordinator.url"
+
+
+class ReconnectPolicy(Protocol):
+    """When to connect again; ``ai4all.delivery.backoff.Attempts`` is the one in use.
+
+    Times are seconds of the connection's clock.
+    """
+
+    @property
+    def count(self) -> int:
+        """Failed attempts in a row."""
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the last one was one too many."""
+
+    def opened(self, now: float) -> None:
+        """The handshake is done."""
+
+    def heard(self) -> None:
+        """A valid message came in."""
+
+    def lost(self, now: float, *, floor: float = 0.0) -> float:
+        """The connection failed or ended; returns the delay before the next attempt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkOptions:
+    """How to reach the coordinator. Times are in seconds.
+
+    Attributes:
+        url: ``wss://`` or ``ws://``.
+        token: Sent as ``Authorization: Bearer`` in the handshake, and nowhere else.
+        allow_insecure: Permit ``ws://`` to another machine.
+        ssl_context: For a private authority; None verifies against the system's authorities.
+        open_timeout: Bound on connecting and the handshake.
+        ping_interval: Time between keepalive pings.
+        ping_timeout: How long a pong may take.
+        close_timeout: How long a polite close may take.
+        max_size: Longest message accepted, in bytes; a longer one ends the connection (1009).
+        refusal_delay: Least delay after a refusal that time alone will not cure.
+    """
+
+    url: str
+    token: str | None = field(default=None, repr=False)
+    allow_insecure: bool = False
+    ssl_context: ssl.SSLContext | None = field(default=None, repr=False)
+    open_timeout: float = 10.0
+    ping_interval: float = 20.0
+    ping_timeout: float = 20.0
+    close_timeout: float = 5.0
+    max_size: int = 1024 * 1024
+    refusal_delay: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    """Why a connection is gone, and the least time to wait before the next."""
+
+    reason: str
+    floor: float = 0.0
+    error: LinkError | None = None
+
+
+def check_url(url: str, *, allow_insecure: bool = False, origin: str = "") -> None:
+    """Refuse a coordinator's address that cannot or should not be used.
+
+    Args:
+        url: The address.
+        allow_insecure: Permit ``ws://`` to another machine.
+        origin: Where it was set, for the error.
+
+    Raises:
+        ConfigError: Not a ``ws`` or ``wss`` address, one with a name or password in it, or one
+            that would send everything in the clear across a network.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, scheme = parts.hostname, parts.scheme.lower()
+        _ = parts.port  # Raises when it is not a port.
+    except ValueError as exc:
+        raise ConfigError(_URL_KEY, f"not a valid address: {exc}", origin) from None
+    if scheme not in ("ws", "wss") or not host:
+        raise ConfigError(_URL_KEY, "must look like wss://host:port/path", origin)
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError(
+            _URL_KEY, "must not hold a name or password; set the token instead", origin
+        )
+    if parts.fragment:
+        raise ConfigError(_URL_KEY, "must not hold a fragment", origin)
+    if scheme == "ws" and not allow_insecure and not _is_loopback(host):
+        raise ConfigError(
+            _URL_KEY,
+            "ws:// to another machine is readable by everyone between; use wss://, "
+            "or allow it with coordinator.allow_insecure",
+            origin,
+        )
+
+
+def is_retryable(exc: BaseException) -> bool:
+    """Whether connecting again could end better, perhaps after patience.
+
+    An address that is no address and another version of the protocol stay what they are.
+    """
+    if isinstance(exc, (InvalidURI, ConfigError, VersionMismatch, MaxReconnectsExceeded)):
+        return False
+    return isinstance(exc, (OSError, TimeoutError, InvalidHandshake, ConnectionClosed))
+
+
+class Connection:
+    """Keeps one session connected until it is closed."""
+
+    def __init__(
+        self,
+        session: Session,
+        options: LinkOptions,
+        policy: ReconnectPolicy,
+        handler: Callable[[SessionEvent], None],
+    ) -> None:
+        """Prepare; nothing is opened before ``run``.
+
+        Args:
+            session: The session to serve. Its ``now`` is the event loop's ``time()``.
+            options: Where and how.
+            policy: When to connect again.
+            handler: Called with each event, on the loop. May call the session's ``send_...``.
+
+        Raises:
+            ConfigError: The address cannot or should not be used.
+        """
+        check_url(options.url, allow_insecure=options.allow_insecure)
+        self.session = session
+        self._options = options
+        self._policy = policy
+        self._handler = handler
+        self._socket: ClientConnection | None = None
+        self._outbox: deque[str] = deque()
+        self._outbox_filled = asyncio.Event()
+        self._outbox_empty = asyncio.Event()
+        self._outbox_empty.set()
+        self._deadline_moved = asyncio.Event()
+        self._armed: float | None = None
+        self._closing = asyncio.Event()
+        self._close_task: asyncio.Task[None] | None = None
+        self._in_turn = False
+        self._refusal: LinkError | None = None
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether ``close`` was called."""
+        return self._closing.is_set()
+
+    def now(self) -> float:
+        """The session's clock."""
+        return asyncio.get_running_loop().time()
+
+    async def run(self) -> None:
+        """Connect, serve, and connect again, until ``close``.
+
+        Raises:
+            ConfigError: The address or proxy cannot be used.
+            VersionMismatch: The coordinator speaks another major version.
+            RegistrationFailed: As many registrations as there may be attempts were refused.
+            MaxReconnectsExceeded: As many attempts as there may be failed in a row.
+        """
+        while not self.is_closing:
+            lost = await self._connect_and_serve()
+            if self.is_closing:
+                return
+            if lost.error is not None and not is_retryable(lost.error):
+                raise lost.error
+            delay = self._policy.lost(self.now(), floor=lost.floor)
+            attempt = self._policy.count
+            if self._policy.exhausted:
+                raise lost.error or MaxReconnectsExceeded(attempt, lost.reason)
+            _log.warning(
+                "link_lost", reason=lost.reason, attempt=attempt, retry_in_s=round(delay, 3)
+            )
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await self._closing.wait()
+
+    def flush(self) -> None:
+        """Take a turn: write what the session has to say, deliver what it has to tell.
+
+        Call it after any ``send_...`` from outside the handler. Calls from within the handler are
+        not needed and do nothing.
+        """
+        if self._in_turn:
+            return
+        self._in_turn = True
+        try:
+            while self._turn():
+                pass
+        finally:
+            self._in_turn = False
+
+    async def close(self, reason: str = "shutdown") -> None:
+        """Say goodbye where that is spoken, write what is left, close, and end ``run``."""
+        if self.session.send_goodbye(reason):
+            self.flush()
+        self._closing.set()
+        if self._socket is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._options.close_timeout):
+                await self._outbox_empty.wait()
+        if self._socket is not None:
+            await self._socket.close(_CLOSE_NORMAL, reason)
+
+    # One connection.
+
+    async def _connect_and_serve(self) -> _Lost:
+        self.session.connecting()
+        try:
+            socket = await self._dial()
+        except (InvalidURI, InvalidProxy, ImportError) as exc:
+            # The text of a bad proxy may hold its password.
+            what = "the proxy of this environment" if not isinstance(exc, InvalidURI) else "the URL"
+            raise ConfigError(_URL_KEY, f"{what} cannot be used", "") from exc
+        except (OSError, TimeoutError, InvalidHandshake) as exc:
+            lost = self._explain(exc)
+        else:
+            lost = await self._serve(socket) if socket is not None else _Lost("closing")
+        finally:
+            self.session.receive_closed()
+        self.flush()
+        return lost
+
+    async def _dial(self) -> ClientConnection | None:
+        """Open the connection; None when ``close`` came first."""
+        options = self._options
+        parts = urllib.parse.urlsplit(options.url)
+        arguments: dict[str, Any] = {}
+        if parts.scheme.lower() == "wss" and options.ssl_context is not None:
+            arguments["ssl"] = options.ssl_context
+        if _is_loopback(parts.hostname or ""):
+            # A proxy would look for the coordinator on its own machine.
+            arguments["proxy"] = None
+        headers = {"Authorization": f"Bearer {options.token}"} if options.token else {}
+        return await self._unless_closing(
+            _ConnectHere(
+                options.url,
+                additional_headers=headers,
+                user_agent_header=f"ai4all-native/{__version__}",
+                compression=None,
+                max_size=options.max_size,
+                open_timeout=options.open_timeout,
+                ping_interval=options.ping_interval,
+                ping_timeout=options.ping_timeout,
+                close_timeout=options.close_timeout,
+                logger=_wire_log,
+                **arguments,
+            ).open()
+        )
+
+    async def _unless_closing(
+        self, dialling: Coroutine[Any, Any, ClientConnection]
+    ) -> ClientConnection | None:
+        task = asyncio.ensure_future(dialling)
+        closing = asyncio.ensure_future(self._closing.wait())
+        try:
+            await asyncio.wait({task, closing}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            return None
+        finally:
+            closing.cancel()
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+    async def _serve(self, socket: ClientConnection) -> _Lost:
+        self._socket = socket
+        self._refusal = None
+        self._close_task = None
+        self._outbox.clear()
+        self._policy.opened(self.now())
+        self.session.connected(self.now())
+        self.flush()
+        tasks = [
+            asyncio.ensure_future(part)
+            for part in (self._read(socket), self._write(socket), self._keep_deadlines())
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+            if self._close_task is not None:
+                await self._close_task
+            # Ours to end, whoever began: a fault in a task must not leave it open.
+            await socket.close()
+            self._socket = None
+            self._outbox.clear()
+            self._outbox_empty.set()
+        for outcome in outcomes:
+            if isinstance(outcome, Exception) and not isinstance(outcome, ConnectionClosed):
+                raise outcome
+        code, reason = socket.close_code, socket.close_reason
+        self.session.receive_closed(code, reason or "")
+        if self._refusal is not None:
+            return _Lost(str(self._refusal), self._options.refusal_delay, self._refusal)
+        return _Lost(f"closed with code {code}" + (f": {reason}" if reason else ""))
+
+    async def _read(self, socket: ClientConnection) -> None:
+        while True:
+            message = await socket.recv()
+            self.session.receive(message, self.now())
+            self.flush()
+
+    async def _write(self, socket: ClientConnection) -> None:
+        while True:
+            await self._outbox_filled.wait()
+            self._outbox_filled.clear()
+            while self._outbox:
+                await socket.send(self._outbox.popleft())
+            self._outbox_empty.set()
+
+    async def _keep_deadlines(self) -> None:
+        while True:
+            self._armed = self.session.next_deadline()
+            self._deadline_moved.clear()
+            try:
+                async with asyncio.timeout_at(self._armed):
+                    await self._deadline_moved.wait()
+            except TimeoutError:
+                self.session.receive_timeout(self.now())
+                self.flush()
+
+    def _turn(self) -> bool:
+        """One turn; returns whether it moved anything."""
+        events = self.session.events()
+        frames = self.session.frames_to_send()
+        if frames and self._socket is not None:
+            self._outbox.extend(frames)
+            self._outbox_empty.clear()
+            self._outbox_filled.set()
+        due = self.session.next_deadline()
+        # A deadline that moved back costs one early wake-up instead of one for each frame.
+        if due is not None and (self._armed is None or due < self._armed):
+            self._deadline_moved.set()
+        for event in events:
+            self._note(event)
+            self._handler(event)
+        return bool(events or frames)
+
+    def _note(self, event: SessionEvent) -> None:
+        """See to what concerns the connection itself."""
+        match event:
+            case SessionStarted():
+                self._policy.heard()
+            case RegistrationRefused(code=code, message=message):
+                self._refusal = RegistrationFailed(code, message)
+            case VersionRefused(theirs=theirs, ours=ours):
+                self._refusal = VersionMismatch(theirs, ours)
+            case CloseLink(code=status, reason=reason) if self._socket is not None:
+                self._close_task = asyncio.ensure_future(self._socket.close(status, reason))
+
+    def _explain(self, exc: Exception) -> _Lost:
+        patience = self._options.refusal_delay
+        if isinstance(exc, InvalidStatus):
+            status = exc.response.status_code
+            reason = f"the coordinator answered the handshake with HTTP {status}"
+            asked = _retry_after(exc.response.headers.get("Retry-After"))
+            if asked is not None:
+                return _Lost(reason, asked)
+            # Only a person can cure these; asking again at once never does.
+            return _Lost(reason, patience if 300 <= status < 500 else 0.0)
+        if isinstance(exc, ssl.SSLCertVerificationError):
+            return _Lost(f"its certificate was refused: {exc.verify_message}", patience)
+        if isinstance(exc, TimeoutError):
+            return _Lost(f"no connection within {self._options.open_timeout:g} s")
+        return _Lost(f"{exc}" or type(exc).__name__)
+
+
+class _ConnectHere(connect):
+    """Connects to the address that was configured and no other.
+
+    A redirect would decide for the owner who gets his machine's work.
+    """
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        return exc
+
+    async def open(self) -> ClientConnection:
+        return await self
+
+
+def _is_loopback(host: str) -> bool:
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds of an HTTP ``Retry-After`` header (RFC 9110, section 10.2.3), if it can be read."""
+    if value is None:
+        return None
+    if value.isascii() and value.strip().isdigit():
+        return float(value)
+    try:
+        moment = email.utils.parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
