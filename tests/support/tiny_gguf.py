@@ -45,7 +45,7 @@ through back years where much your way well down should because each just those 
 little state good very make world still see own work long here get both between life being under
 never day same another know year while last might great old come since against go came right used
 take three hello quantum computing simple terms explain
-""".split()
+"""
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def _vocabulary() -> tuple[list[str], list[float], list[int]]:
     # Pieces merge two at a time, so a word is reachable only through its prefixes. Longer pieces
     # come later and score lower, as in a trained vocabulary.
     pieces = dict.fromkeys(["▁", *(chr(code) for code in range(0x21, 0x7F)), *"äéñöüß€中文"])
-    prefixes = {f"▁{word}"[:end] for word in _WORDS for end in range(2, len(word) + 2)}
+    prefixes = {f"▁{word}"[:end] for word in _WORDS.split() for end in range(2, len(word) + 2)}
     pieces.update(dict.fromkeys(sorted(prefixes, key=lambda piece: (len(piece), piece))))
     scores = [0.0] * len(tokens) + [-float(rank) for rank in range(len(pieces))]
     tokens += pieces
