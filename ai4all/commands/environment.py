@@ -1,0 +1,74 @@
+"""What every command stands on: compute, settings, models, and where output goes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ai4all import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ai4all.backend.base import InferenceBackend
+
+__all__ = ["Environment", "print_json", "stderr_console", "stdout_console", "version_line"]
+
+
+def _open_native_backend() -> InferenceBackend:
+    from ai4all.backend.registry import open_backend
+
+    return open_backend("native")
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What a caller of the command line may put in place of the real thing.
+
+    Attributes:
+        open_backend: Gives a backend with nothing loaded; the command closes it.
+    """
+
+    open_backend: Callable[[], InferenceBackend] = _open_native_backend
+
+
+def version_line() -> str:
+    """Our version, and how the engine was built or why there is none."""
+    from ai4all.backend import registry
+    from ai4all.errors import EngineUnavailable
+
+    try:
+        build = registry.build_info()
+    except EngineUnavailable as error:
+        return f"ai4all-native {__version__} (no engine: {error})"
+    parts = ", ".join(f"{name} {_plain(value)}" for name, value in build.items() if value)
+    return f"ai4all-native {__version__} (engine: {parts})"
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def print_json(value: Any) -> None:
+    """Print ``value`` on standard output: the whole of what ``--json`` prints."""
+    import ujson
+
+    # ASCII only: what reads this need not share the locale.
+    sys.stdout.write(ujson.dumps(value, indent=2, escape_forward_slashes=False) + "\n")
+    sys.stdout.flush()
+
+
+def stdout_console() -> Console:
+    """For tables and results."""
+    from rich.console import Console
+
+    return Console(file=sys.stdout, highlight=False)
+
+
+def stderr_console() -> Console:
+    """For progress and for what happens on the way; never mixed into results."""
+    from rich.console import Console
+
+    return Console(file=sys.stderr, highlight=False)
