@@ -1,0 +1,535 @@
+"""Results that are not yet acknowledged, kept where a crash cannot take them.
+
+A finished result is committed here before it is sent and forgotten only when the coordinator has
+acknowledged it, so it goes out at least once; the coordinator drops repeats by ``block_id``. The
+bytes kept are the bytes sent, the same each time.
+
+One thread writes. All that is asked of it while one ``fsync`` runs goes into the next transaction
+(group commit), and the event loop never waits for the disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import sqlite3
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, Self
+
+import structlog
+
+from ai4all.delivery.results_file import (
+    DELETE_RESULT,
+    INSERT_RESULT,
+    Recovery,
+    Row,
+    open_file,
+    problem,
+)
+from ai4all.errors import SpoolError
+
+__all__ = [
+    "DEFAULT_KEEP_DAYS",
+    "DEFAULT_MAX_BYTES",
+    "MemorySpool",
+    "Recovery",
+    "ResultConflict",
+    "ResultSpool",
+    "Spool",
+]
+
+DEFAULT_MAX_BYTES = 256 * 1024 * 1024
+"""Most bytes of results that a spool holds."""
+
+DEFAULT_KEEP_DAYS = 14
+"""Days that a result is kept for a coordinator that never acknowledges it."""
+
+# Notes on what is running wait this long for a result to share their transaction with.
+_LAZY_S = 0.05
+_MAX_BATCH = 512
+
+_log = structlog.get_logger(__name__)
+
+
+class ResultConflict(SpoolError, ValueError):
+    """A block already has a result, and it is another one."""
+
+    def __init__(self, path: object, block_id: str) -> None:
+        super().__init__(path, f"block {block_id!r} already has another result")
+        self.block_id = block_id
+
+
+class ResultSpool(Protocol):
+    """What a worker needs of a spool. All calls belong to one event loop's thread."""
+
+    async def commit(self, block_id: str, payload: bytes) -> None:
+        """Keep a result, and note that its block no longer runs.
+
+        It is durable when this returns. The same bytes for the same block again change nothing.
+
+        Raises:
+            ResultConflict: The block has another result.
+            SpoolError: It could not be kept; what was kept before still is.
+        """
+
+    async def forget(self, block_id: str) -> None:
+        """Drop an acknowledged result. One that is not here is no error.
+
+        Raises:
+            SpoolError: It could not be dropped, and is still pending.
+        """
+
+    def pending(self) -> list[tuple[str, bytes]]:
+        """Results to be sent, in the order of their commits."""
+
+    def has(self, block_id: str) -> bool:
+        """Whether a result for the block is kept here."""
+
+    def begin(self, block_id: str) -> None:
+        """Note that a block runs. Not waited for: losing the note costs a lease, not a result."""
+
+    def ended(self, block_id: str) -> None:
+        """Note that a block no longer runs, and left no result."""
+
+    @property
+    def interrupted(self) -> tuple[str, ...]:
+        """Blocks that ran when the process before this one ended, and have not ended since."""
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of results kept, or on their way to the disk."""
+
+    @property
+    def max_bytes(self) -> int:
+        """Most bytes of results that are kept."""
+
+    async def close(self) -> None:
+        """Finish what was asked and let go. May be called again."""
+
+
+class Spool:
+    """A ``ResultSpool`` on disk. Made by ``Spool.open``.
+
+    The results themselves are in memory too: there are as many as a worker finishes while its
+    coordinator is away, and sending them again must not wait for the disk.
+
+    Attributes:
+        path: The database.
+        recovery: What was done about a damaged file, if it was damaged.
+        expired: Results that were dropped on opening because they were too old.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        writer: _Writer,
+        *,
+        rows: Sequence[Row],
+        interrupted: Sequence[str],
+        max_bytes: int,
+        recovery: Recovery | None,
+        expired: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.path = path
+        self.recovery = recovery
+        self.expired = expired
+        self._writer = writer
+        self._clock = clock
+        self._max_bytes = max_bytes
+        self._results = {row.block_id: row.payload for row in rows}
+        self._bytes = sum(len(row.payload) for row in rows)
+        self._interrupted = dict.fromkeys(interrupted)
+        # One operation of a block at a time; each ends with None or the error.
+        self._busy: dict[str, asyncio.Future[SpoolError | None]] = {}
+        self._closing: asyncio.Future[None] | None = None
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        keep_days: float = DEFAULT_KEEP_DAYS,
+        clock: Callable[[], float] = time.time,
+    ) -> Self:
+        """Open a spool, create it if it is missing, recover it if it is damaged. Blocks.
+
+        Args:
+            path: The database; ``results.sqlite3`` in the data directory.
+            max_bytes: Most bytes of results to keep.
+            keep_days: Results older than this are dropped now.
+            clock: Seconds since the epoch.
+
+        Raises:
+            SpoolError: It cannot be used; the text says why.
+        """
+        path = Path(path)
+        connection, contents, recovery = open_file(path)
+        try:
+            oldest = clock() - keep_days * 86_400
+            rows = [row for row in contents.rows if row.committed_at >= oldest]
+            expired = len(contents.rows) - len(rows)
+            if expired:
+                connection.execute("DELETE FROM results WHERE committed_at < ?", (oldest,))
+        except sqlite3.Error as exc:
+            connection.close()
+            raise SpoolError(path, problem(exc)) from exc
+        if recovery is not None:
+            _log.error(
+                "spool_recovered",
+                set_aside=str(recovery.set_aside),
+                damage=recovery.damage,
+                salvaged=recovery.salvaged,
+                damaged=recovery.damaged,
+            )
+        if expired:
+            _log.warning("spool_expired", results=expired, keep_days=keep_days)
+        return cls(
+            path,
+            _Writer(path, connection),
+            rows=rows,
+            interrupted=contents.running,
+            max_bytes=max_bytes,
+            recovery=recovery,
+            expired=expired,
+            clock=clock,
+        )
+
+    def __del__(self) -> None:
+        # A failed __init__ of a subclass may leave no attributes.
+        writer = getattr(self, "_writer", None)
+        if writer is not None and self._closing is None:
+            warnings.warn(f"the spool {self.path} was not closed", ResourceWarning, stacklevel=2)
+            writer.stop(None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    @property
+    def interrupted(self) -> tuple[str, ...]:
+        """Blocks that ran when the process before this one ended, and have not ended since."""
+        return tuple(self._interrupted)
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of results kept, or on their way to the disk."""
+        return self._bytes
+
+    @property
+    def max_bytes(self) -> int:
+        """Most bytes of results that are kept."""
+        return self._max_bytes
+
+    def pending(self) -> list[tuple[str, bytes]]:
+        """Results to be sent, in the order of their commits."""
+        return list(self._results.items())
+
+    def has(self, block_id: str) -> bool:
+        """Whether a result for the block is kept here."""
+        return block_id in self._results
+
+    async def commit(self, block_id: str, payload: bytes) -> None:
+        """Keep a result; see ``ResultSpool``."""
+        await self._turn(block_id)
+        known = self._results.get(block_id)
+        if known is not None:
+            if known != payload:
+                raise ResultConflict(self.path, block_id)
+            return
+        if self._bytes + len(payload) > self._max_bytes:
+            raise SpoolError(
+                self.path,
+                f"it holds {self._bytes} bytes of results that wait for the coordinator, and"
+                f" {len(payload)} more are beyond the limit of {self._max_bytes}",
+            )
+        self._bytes += len(payload)
+
+        def settled(error: SpoolError | None) -> None:
+            if error is None:
+                self._results[block_id] = payload
+                self._interrupted.pop(block_id, None)
+            else:
+                self._bytes -= len(payload)
+
+        await self._write(
+            block_id,
+            settled,
+            (INSERT_RESULT, Row(block_id, payload, self._clock()).values()),
+            (_DELETE_RUNNING, (block_id,)),
+        )
+
+    async def forget(self, block_id: str) -> None:
+        """Drop an acknowledged result; see ``ResultSpool``."""
+        await self._turn(block_id)
+        if block_id not in self._results:
+            return
+
+        def settled(error: SpoolError | None) -> None:
+            if error is None:
+                self._bytes -= len(self._results.pop(block_id))
+
+        await self._write(block_id, settled, (DELETE_RESULT, (block_id,)))
+
+    def begin(self, block_id: str) -> None:
+        """Note that a block runs; see ``ResultSpool``."""
+        self._note("INSERT OR REPLACE INTO running VALUES (?, ?)", (block_id, self._clock()))
+
+    def ended(self, block_id: str) -> None:
+        """Note that a block no longer runs; see ``ResultSpool``."""
+        self._interrupted.pop(block_id, None)
+        self._note(_DELETE_RUNNING, (block_id,))
+
+    async def close(self) -> None:
+        """Finish what was asked and let go. May be called again."""
+        if self._closing is None:
+            loop = asyncio.get_running_loop()
+            closing = self._closing = loop.create_future()
+            self._writer.stop(lambda: _call_on(loop, lambda: closing.set_result(None)))
+        await asyncio.shield(self._closing)
+
+    async def _turn(self, block_id: str) -> None:
+        while (busy := self._busy.get(block_id)) is not None:
+            await asyncio.wait([busy])
+        self._check_open()
+
+    def _check_open(self) -> None:
+        if self._closing is not None:
+            raise SpoolError(self.path, "it is closed")
+
+    def _note(self, sql: str, values: tuple[object, ...]) -> None:
+        self._check_open()
+        self._writer.put(_Operation([(sql, values)]))
+
+    async def _write(
+        self,
+        block_id: str,
+        settled: Callable[[SpoolError | None], None],
+        *statements: tuple[str, tuple[object, ...]],
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[SpoolError | None] = loop.create_future()
+        self._busy[block_id] = future
+
+        def done(error: SpoolError | None) -> None:
+            del self._busy[block_id]
+            settled(error)
+            future.set_result(error)
+
+        self._writer.put(_Operation(list(statements), loop, done))
+        # Shielded: who stops waiting does not undo what is on its way to the disk.
+        error = await asyncio.shield(future)
+        if error is not None:
+            raise error
+
+
+_DELETE_RUNNING = "DELETE FROM running WHERE block_id = ?"
+
+
+@dataclass(slots=True)
+class _Operation:
+    """Statements that belong together, and what to call on the loop when their fate is known."""
+
+    statements: list[tuple[str, tuple[object, ...]]]
+    loop: asyncio.AbstractEventLoop | None = None
+    done: Callable[[SpoolError | None], None] | None = None
+    error: SpoolError | None = field(default=None, init=False)
+
+    @property
+    def lazy(self) -> bool:
+        """Nobody waits for it."""
+        return self.done is None
+
+
+class _Stop:
+    """The last thing in a writer's queue."""
+
+    def __init__(self, stopped: Callable[[], None] | None) -> None:
+        self.stopped = stopped
+
+
+class _Writer:
+    """The thread that owns the database. Knows nothing of the ``Spool``, so that can be leaked."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self._path = path
+        self._connection = connection
+        self._queue: queue.SimpleQueue[_Operation | _Stop] = queue.SimpleQueue()
+        # Daemon: what is committed is safe, and an owner that died must not keep the process.
+        threading.Thread(target=self._run, name="ai4all-spool", daemon=True).start()
+
+    def put(self, operation: _Operation) -> None:
+        self._queue.put(operation)
+
+    def stop(self, stopped: Callable[[], None] | None) -> None:
+        """Do what is queued, close the database, then call ``stopped`` on the thread."""
+        self._queue.put(_Stop(stopped))
+
+    def _run(self) -> None:
+        while True:
+            batch, stop = self._next_batch()
+            if batch:
+                self._write(batch)
+                _settle(batch)
+            if stop is not None:
+                # Closing plays the log into the database; what fails there is played next time.
+                with contextlib.suppress(sqlite3.Error):
+                    self._connection.close()
+                if stop.stopped is not None:
+                    stop.stopped()
+                return
+
+    def _next_batch(self) -> tuple[list[_Operation], _Stop | None]:
+        batch: list[_Operation] = []
+        lazy_until: float | None = None
+        while len(batch) < _MAX_BATCH:
+            try:
+                if lazy_until is None and batch:
+                    item = self._queue.get_nowait()
+                elif lazy_until is None:
+                    item = self._queue.get()
+                else:
+                    item = self._queue.get(timeout=max(0.0, lazy_until - time.monotonic()))
+            except queue.Empty:
+                break
+            if isinstance(item, _Stop):
+                return batch, item
+            batch.append(item)
+            if not item.lazy:
+                lazy_until = None
+            elif len(batch) == 1:
+                lazy_until = time.monotonic() + _LAZY_S
+        return batch, None
+
+    def _write(self, batch: list[_Operation]) -> None:
+        try:
+            self._transact(batch)
+        except sqlite3.Error as exc:
+            if len(batch) == 1:
+                batch[0].error = self._report(batch[0], exc)
+                return
+            # One of them may be at fault, or the disk has room for some: each on its own.
+            for operation in batch:
+                self._write([operation])
+
+    def _transact(self, batch: list[_Operation]) -> None:
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for operation in batch:
+                for sql, values in operation.statements:
+                    connection.execute(sql, values)
+            connection.execute("COMMIT")
+        except BaseException:
+            # After some errors SQLite has rolled back by itself.
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    def _report(self, operation: _Operation, exc: sqlite3.Error) -> SpoolError:
+        error = SpoolError(self._path, problem(exc))
+        error.__cause__ = exc
+        if operation.lazy:
+            _log.warning("spool_note_lost", problem=error.problem)
+        return error
+
+
+def _settle(batch: list[_Operation]) -> None:
+    """Tell the loop what became of a batch: one wake-up for all of it."""
+    loops = {operation.loop for operation in batch if operation.loop is not None}
+    for loop in loops:
+        mine = [operation for operation in batch if operation.loop is loop]
+
+        def tell(mine: list[_Operation] = mine) -> None:
+            for operation in mine:
+                if operation.done is not None:
+                    operation.done(operation.error)
+
+        _call_on(loop, tell)
+
+
+def _call_on(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+    # A loop that is closed has nobody left who waits.
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function)
+
+
+class MemorySpool:
+    """A ``ResultSpool`` that lasts as long as its process, for tests and demonstrations.
+
+    Args:
+        max_bytes: Most bytes of results to keep.
+        interrupted: What to say that the process before left running.
+    """
+
+    def __init__(
+        self, *, max_bytes: int = DEFAULT_MAX_BYTES, interrupted: Sequence[str] = ()
+    ) -> None:
+        self._max_bytes = max_bytes
+        self._results: dict[str, bytes] = {}
+        self._interrupted = dict.fromkeys(interrupted)
+        self._closed = False
+
+    async def commit(self, block_id: str, payload: bytes) -> None:
+        """Keep a result; see ``ResultSpool``."""
+        self._check_open()
+        if self._results.get(block_id, payload) != payload:
+            raise ResultConflict("(memory)", block_id)
+        if block_id not in self._results and self.bytes_used + len(payload) > self._max_bytes:
+            raise SpoolError("(memory)", f"the limit of {self._max_bytes} bytes is reached")
+        self._results[block_id] = payload
+        self._interrupted.pop(block_id, None)
+
+    async def forget(self, block_id: str) -> None:
+        """Drop an acknowledged result; see ``ResultSpool``."""
+        self._check_open()
+        self._results.pop(block_id, None)
+
+    def pending(self) -> list[tuple[str, bytes]]:
+        """Results to be sent, in the order of their commits."""
+        return list(self._results.items())
+
+    def has(self, block_id: str) -> bool:
+        """Whether a result for the block is kept here."""
+        return block_id in self._results
+
+    def begin(self, block_id: str) -> None:
+        """Note that a block runs: of no use after the process, and so not kept."""
+        self._check_open()
+
+    def ended(self, block_id: str) -> None:
+        """Note that a block no longer runs."""
+        self._check_open()
+        self._interrupted.pop(block_id, None)
+
+    @property
+    def interrupted(self) -> tuple[str, ...]:
+        """Blocks that ran when the process before this one ended, and have not ended since."""
+        return tuple(self._interrupted)
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of results kept."""
+        return sum(map(len, self._results.values()))
+
+    @property
+    def max_bytes(self) -> int:
+        """Most bytes of results that are kept."""
+        return self._max_bytes
+
+    async def close(self) -> None:
+        """Let go. May be called again."""
+        self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SpoolError("(memory)", "it is closed")
