@@ -1,0 +1,310 @@
+# distutils: language = c++
+"""The door to native code: casts, the error map, and the GIL let go. No logic lives here.
+
+Only ``ai4all.backend.native`` imports this module. Import and construction have no process-wide
+effects but one: llama.cpp's log lines go to a ring instead of standard error.
+"""
+
+import os
+import warnings
+
+cimport cython
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_INCREF
+from cpython.unicode cimport PyUnicode_DecodeUTF8
+from libc.stdint cimport int64_t, uint64_t
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+
+cimport engine as native
+
+LOAD_PROGRESS = <int> native.event_kind.load_progress
+LOADED = <int> native.event_kind.loaded
+UNLOADED = <int> native.event_kind.unloaded
+PROMPT_PROGRESS = <int> native.event_kind.prompt_progress
+TOKEN = <int> native.event_kind.token
+FINISHED = <int> native.event_kind.finished
+FAILED = <int> native.event_kind.failed
+
+STOP_LENGTH = <int> native.stop_reason.length
+STOP_STOP = <int> native.stop_reason.stop
+
+ERROR_NAMES = tuple(
+    (<bytes> native.errc_name(<native.errc> code)).decode()
+    for code in range(<int> native.errc.end)
+)
+
+
+class EngineFault(Exception):
+    """An engine call failed: ``args`` are the numeric code and the message."""
+
+
+# The C++ side keeps a borrowed pointer; the module keeps the class alive, and this pins it.
+Py_INCREF(EngineFault)
+native.ai4all_fault_class = <PyObject *> EngineFault
+
+
+cdef inline str text_of(const string & value):
+    # Texts of tokens are whole UTF-8 by construction; messages may quote anything.
+    return PyUnicode_DecodeUTF8(value.data(), value.size(), b"replace")
+
+
+cdef tuple times_of(const native.timeline & times):
+    return (
+        times.submitted,
+        times.model_ready,
+        times.admitted,
+        times.prompt_done,
+        times.first_token,
+        times.last_token,
+        times.finished,
+    )
+
+
+cdef tuple event_of(const native.event & event):
+    cdef int kind = <int> event.kind
+    if event.kind == native.event_kind.token:
+        return (kind, event.id, text_of(event.text), event.token, event.n_tokens)
+    if event.kind == native.event_kind.prompt_progress:
+        return (kind, event.id, event.n_prompt_done, event.n_prompt)
+    if event.kind == native.event_kind.finished:
+        return (
+            kind,
+            event.id,
+            text_of(event.text),
+            <int> event.reason,
+            event.n_prompt,
+            event.n_tokens,
+            event.n_reused,
+            event.n_neighbours,
+            times_of(event.times),
+        )
+    if event.kind == native.event_kind.failed:
+        return (
+            kind,
+            event.id,
+            <int> event.code,
+            text_of(event.text),
+            event.n_prompt,
+            event.n_tokens,
+            times_of(event.times),
+        )
+    if event.kind == native.event_kind.load_progress:
+        return (kind, event.id, event.progress)
+    return (kind, event.id, times_of(event.times))
+
+
+@cython.final
+cdef class Engine:
+    """One native engine: a thread with a model and its slots."""
+
+    cdef native.engine * _engine
+    cdef vector[native.event] _events
+    cdef int _pid
+    cdef bint _closed
+
+    def __cinit__(self, size_t queue_capacity=1024):
+        self._closed = True
+        self._pid = os.getpid()
+        self._engine = new native.engine(queue_capacity)
+        self._closed = False
+
+    def __dealloc__(self):
+        if self._engine is NULL or self._pid != os.getpid():
+            # After a fork the thread is not in this process: nothing can be joined.
+            return
+        if not self._closed:
+            warnings.warn("an Engine was not closed", ResourceWarning, stacklevel=1)
+        with nogil:
+            del self._engine
+
+    cdef int _check(self) except -1:
+        if self._pid != os.getpid():
+            raise RuntimeError("an Engine cannot be used after a fork")
+        return 0
+
+    def load(
+        self,
+        bytes path,
+        *,
+        unsigned int n_ctx,
+        unsigned int n_batch,
+        unsigned int n_ubatch,
+        unsigned int n_slots,
+        int n_threads,
+        int n_threads_batch,
+        int n_gpu_layers,
+        int flash_attention,
+        str kv_type,
+        bint use_mmap,
+    ):
+        """Queue a load and return its id."""
+        self._check()
+        cdef native.load_params params
+        params.path = path
+        params.n_ctx = n_ctx
+        params.n_batch = n_batch
+        params.n_ubatch = n_ubatch
+        params.n_slots = n_slots
+        params.n_threads = n_threads
+        params.n_threads_batch = n_threads_batch
+        params.n_gpu_layers = n_gpu_layers
+        params.flash_attention = flash_attention
+        params.kv_type = kv_type.encode()
+        params.use_mmap = use_mmap
+        cdef uint64_t command
+        with nogil:
+            command = self._engine.load(params)
+        return command
+
+    def unload(self):
+        """Queue an unload and return its id."""
+        self._check()
+        cdef uint64_t command
+        with nogil:
+            command = self._engine.unload()
+        return command
+
+    def generate(
+        self,
+        bytes prompt,
+        *,
+        bytes system_prompt=None,
+        int max_tokens,
+        float temperature,
+        int top_k,
+        float top_p,
+        float min_p,
+        float repetition_penalty,
+        unsigned int seed,
+        tuple stop,
+        bint ignore_eos,
+        bint deterministic,
+        bytes grammar,
+        bytes json_schema,
+        int64_t deadline_ns,
+    ):
+        """Queue a generation and return its id."""
+        self._check()
+        cdef native.generate_params params
+        params.prompt = prompt
+        if system_prompt is not None:
+            params.chat = True
+            params.system_prompt = system_prompt
+        params.max_tokens = max_tokens
+        params.temperature = temperature
+        params.top_k = top_k
+        params.top_p = top_p
+        params.min_p = min_p
+        params.repetition_penalty = repetition_penalty
+        params.seed = seed
+        for text in stop:
+            params.stop.push_back(<string> (<bytes> text))
+        params.ignore_eos = ignore_eos
+        params.deterministic = deterministic
+        params.grammar = grammar
+        params.json_schema = json_schema
+        params.deadline_ns = deadline_ns
+        cdef uint64_t command
+        with nogil:
+            command = self._engine.generate(params)
+        return command
+
+    def cancel(self, uint64_t command):
+        """End a command early; an unknown or ended one is ignored."""
+        self._check()
+        with nogil:
+            self._engine.cancel(command)
+
+    def fileno(self):
+        """The descriptor that becomes readable when there are events."""
+        return self._engine.fd()
+
+    def drain(self):
+        """Clear the descriptor and return all events, oldest first, as tuples."""
+        self._check()
+        with nogil:
+            self._engine.drain(self._events)
+        cdef list events = [event_of(event) for event in self._events]
+        self._events.clear()
+        return events
+
+    def model(self):
+        """The loaded model's figures as a dict, or None."""
+        self._check()
+        if not self._engine.has_model():
+            return None
+        cdef native.model_info info
+        with nogil:
+            info = self._engine.model()
+        return {
+            "description": text_of(info.description),
+            "device": text_of(info.device),
+            "n_ctx": info.n_ctx,
+            "n_ctx_train": info.n_ctx_train,
+            "n_batch": info.n_batch,
+            "n_ubatch": info.n_ubatch,
+            "n_slots": info.n_slots,
+            "n_vocab": info.n_vocab,
+            "n_embd": info.n_embd,
+            "n_threads": info.n_threads,
+            "n_threads_batch": info.n_threads_batch,
+            "n_params": info.n_params,
+            "size_bytes": info.size_bytes,
+            "has_chat_template": info.has_chat_template,
+            "metadata": {text_of(entry.first): text_of(entry.second) for entry in info.metadata},
+        }
+
+    def close(self):
+        """Stop the thread. What was pending ends in events that a last drain returns."""
+        self._check()
+        self._closed = True
+        with nogil:
+            self._engine.stop()
+
+
+def build_info():
+    """How the extension was built, as a dict."""
+    cdef native.build_info info
+    with nogil:
+        info = native.get_build_info()
+    return {
+        "llama_commit": text_of(info.llama_commit),
+        "ggml_version": text_of(info.ggml_version),
+        "compiler": text_of(info.compiler),
+        "build_type": text_of(info.build_type),
+        "sanitize": text_of(info.sanitize),
+        "backends": [text_of(name) for name in info.backends],
+        "cpu_features": [text_of(name) for name in info.cpu_features],
+    }
+
+
+def devices():
+    """The compute devices the build can see, as dicts; memory in bytes."""
+    cdef vector[native.device_info] found
+    with nogil:
+        found = native.get_devices()
+    return [
+        {
+            "name": text_of(device.name),
+            "description": text_of(device.description),
+            "kind": text_of(device.kind),
+            "backend": text_of(device.backend),
+            "memory_total": device.memory_total,
+            "memory_free": device.memory_free,
+        }
+        for device in found
+    ]
+
+
+def drain_log():
+    """Lines llama.cpp logged since the last call: (level, text), level 1 debug to 4 error."""
+    cdef vector[native.log_line] lines
+    with nogil:
+        lines = native.drain_log()
+    return [(line.level, text_of(line.text)) for line in lines]
+
+
+def now_ns():
+    """The engine's steady clock, in nanoseconds."""
+    return native.now_ns()

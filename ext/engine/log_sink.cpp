@@ -1,0 +1,92 @@
+#include "log_sink.h"
+
+#include <unistd.h>
+
+#include <cstring>
+#include <deque>
+#include <mutex>
+
+#include "engine.h"
+#include "ggml.h"
+#include "llama.h"
+#include "log.h"
+
+namespace ai4all {
+
+namespace {
+
+constexpr size_t max_lines = 1024;
+
+std::mutex           ring_mutex;
+std::deque<log_line> ring;
+// A line comes in pieces: GGML_LOG_LEVEL_CONT continues the one before.
+std::string          open_text;
+int32_t              open_level = 0;
+
+thread_local std::string thread_errors;
+
+void close_line() {
+    while (!open_text.empty() && (open_text.back() == '\n' || open_text.back() == ' ')) {
+        open_text.pop_back();
+    }
+    if (!open_text.empty()) {
+        if (ring.size() == max_lines) {
+            ring.pop_front();
+        }
+        ring.push_back({open_level, std::move(open_text)});
+    }
+    open_text.clear();
+}
+
+void sink(ggml_log_level level, const char * text, void * /*user_data*/) {
+    if (level == GGML_LOG_LEVEL_ERROR && thread_errors.size() < 4096) {
+        thread_errors += text;
+    }
+    const std::lock_guard<std::mutex> lock(ring_mutex);
+    if (level != GGML_LOG_LEVEL_CONT) {
+        close_line();
+        open_level = static_cast<int32_t>(level);
+    }
+    open_text += text;
+    if (!open_text.empty() && open_text.back() == '\n') {
+        close_line();
+    }
+}
+
+// GGML_ASSERT ends in abort() whatever this does: it can only say what happened. Without it the
+// default handler would fork a debugger. Only async-signal-safe calls.
+void on_abort(const char * message) {
+    constexpr char prefix[] = "ai4all engine aborted: ";
+    [[maybe_unused]] ssize_t written = write(STDERR_FILENO, prefix, sizeof(prefix) - 1);
+    written = write(STDERR_FILENO, message, std::strlen(message));
+    written = write(STDERR_FILENO, "\n", 1);
+}
+
+}  // namespace
+
+void log_install() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        ggml_set_abort_callback(on_abort);
+        llama_log_set(sink, nullptr);
+        common_log_set_verbosity_thold(-1);  // its own logger would start a thread and print
+    });
+}
+
+std::string log_take_errors() {
+    std::string text = std::move(thread_errors);
+    thread_errors.clear();
+    while (!text.empty() && text.back() == '\n') {
+        text.pop_back();
+    }
+    return text;
+}
+
+std::vector<log_line> drain_log() {
+    const std::lock_guard<std::mutex> lock(ring_mutex);
+    std::vector<log_line> lines(ring.begin(), ring.end());
+    ring.clear();
+    return lines;
+}
+
+}  // namespace ai4all

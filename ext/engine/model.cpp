@@ -1,0 +1,266 @@
+#include "model.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "common.h"
+#include "ggml-backend.h"
+#include "ggml-cpu.h"
+#include "log_sink.h"
+#include "text.h"
+
+namespace ai4all {
+
+namespace {
+
+constexpr uint32_t default_context = 4096;
+constexpr uint32_t smallest_context = 8;
+
+ggml_type kv_type_from_name(const std::string & name) {
+    for (const ggml_type type : {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0,
+                                 GGML_TYPE_Q4_1, GGML_TYPE_IQ4_NL, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1}) {
+        if (name == ggml_type_name(type)) {
+            return type;
+        }
+    }
+    throw engine_error(errc::load_failed, "kv_type: '" + name + "' is not a cache type; use f16, f32, bf16, q8_0 or q4_0");
+}
+
+std::string with_log(const std::string & what) {
+    const std::string log = log_take_errors();
+    return log.empty() ? what : what + ": " + log;
+}
+
+bool call_progress(float share, void * data) {
+    return (*static_cast<const std::function<bool(float)> *>(data))(share);
+}
+
+}  // namespace
+
+loaded_model::loaded_model(const load_params & params, const std::function<bool(float)> & progress,
+                           ggml_abort_callback abort, void * abort_data) {
+    log_take_errors();
+
+    bool given_up = false;
+    const std::function<bool(float)> watched = [&](float share) {
+        given_up = given_up || !progress(share);
+        return !given_up;
+    };
+
+    llama_model_params mparams          = llama_model_default_params();
+    mparams.n_gpu_layers                = params.n_gpu_layers;
+    mparams.load_mode                   = params.use_mmap ? LLAMA_LOAD_MODE_AUTO : LLAMA_LOAD_MODE_NONE;
+    mparams.progress_callback           = call_progress;
+    mparams.progress_callback_user_data = const_cast<std::function<bool(float)> *>(&watched);
+    try {
+        model_.reset(llama_model_load_from_file(params.path.c_str(), mparams));
+    } catch (const std::bad_alloc &) {
+        throw engine_error(errc::out_of_memory, "not enough memory for the weights");
+    } catch (const std::exception & error) {
+        throw engine_error(errc::load_failed, error.what());
+    }
+    if (given_up) {
+        throw engine_error(errc::cancelled, "the load was cancelled");
+    }
+    if (!model_) {
+        throw engine_error(errc::load_failed, with_log("the model could not be loaded"));
+    }
+    if (llama_model_has_encoder(model_.get()) && llama_model_has_decoder(model_.get())) {
+        throw engine_error(errc::load_failed, "encoder-decoder models are not supported");
+    }
+
+    open_context(params, abort, abort_data);
+    attach_threadpools(params);
+    if (llama_model_has_decoder(model_.get())) {
+        warm_up();
+    }
+    try {
+        templates_ = common_chat_templates_init(model_.get(), "");
+    } catch (const std::exception &) {
+        // A template that cannot be parsed costs chat requests, not the model.
+        templates_ = nullptr;
+    }
+    batch_ = llama_batch_init(static_cast<int32_t>(llama_n_batch(ctx_.get())), 0, 1);
+    describe(params);
+}
+
+loaded_model::~loaded_model() {
+    if (batch_.token) {
+        llama_batch_free(batch_);
+    }
+    if (ctx_) {
+        llama_detach_threadpool(ctx_.get());
+    }
+    ctx_.reset();
+    if (pool_batch_ && pool_batch_ != pool_) {
+        free_pool_(pool_batch_);
+    }
+    if (pool_) {
+        free_pool_(pool_);
+    }
+}
+
+void loaded_model::open_context(const load_params & params, ggml_abort_callback abort, void * abort_data) {
+    const auto n_train = static_cast<uint32_t>(std::max(0, llama_model_n_ctx_train(model_.get())));
+    uint32_t   n_ctx   = params.n_ctx ? params.n_ctx : std::min(n_train ? n_train : default_context, default_context);
+    n_ctx              = std::max(n_ctx, smallest_context);
+    const uint32_t n_slots = std::max<uint32_t>(1, params.n_slots);
+    if (n_slots > llama_max_parallel_sequences()) {
+        throw engine_error(errc::load_failed, "n_slots: at most " + std::to_string(llama_max_parallel_sequences()));
+    }
+
+    llama_context_params cparams = llama_context_default_params();
+    cparams.n_ctx                = n_ctx * n_slots;
+    // A batch has room for every slot's next token beside a prompt chunk.
+    cparams.n_batch              = std::max(params.n_batch, n_slots);
+    cparams.n_ubatch             = std::min(params.n_ubatch, cparams.n_batch);
+    cparams.n_seq_max            = n_slots;
+    cparams.n_outputs_max        = n_slots;
+    cparams.n_threads            = std::max(1, params.n_threads);
+    cparams.n_threads_batch      = std::max(1, params.n_threads_batch);
+    cparams.flash_attn_type      = static_cast<llama_flash_attn_type>(params.flash_attention);
+    cparams.type_k               = kv_type_from_name(params.kv_type);
+    cparams.type_v               = cparams.type_k;
+    cparams.kv_unified           = n_slots == 1;
+    cparams.no_perf              = true;
+    cparams.abort_callback       = abort;
+    cparams.abort_callback_data  = abort_data;
+    try {
+        ctx_.reset(llama_init_from_model(model_.get(), cparams));
+    } catch (const std::bad_alloc &) {
+        throw engine_error(errc::out_of_memory, "not enough memory for a context of " + std::to_string(n_ctx) + " tokens");
+    } catch (const std::exception & error) {
+        throw engine_error(errc::load_failed, error.what());
+    }
+    if (!ctx_) {
+        const std::string log    = log_take_errors();
+        const bool        memory = log.find("alloc") != std::string::npos;
+        throw engine_error(memory ? errc::out_of_memory : errc::load_failed,
+                           "no context of " + std::to_string(n_ctx) + " tokens could be made" +
+                               (log.empty() ? "" : ": " + log));
+    }
+}
+
+void loaded_model::attach_threadpools(const load_params & params) {
+    // Through the registry, so that a CPU backend loaded at run time serves as well.
+    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    if (!cpu) {
+        return;
+    }
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(cpu);
+    const auto make = reinterpret_cast<ggml_threadpool_t (*)(ggml_threadpool_params *)>(
+        ggml_backend_reg_get_proc_address(reg, "ggml_threadpool_new"));
+    free_pool_ = reinterpret_cast<void (*)(ggml_threadpool_t)>(
+        ggml_backend_reg_get_proc_address(reg, "ggml_threadpool_free"));
+    if (!make || !free_pool_) {
+        return;
+    }
+    const int32_t n_decode  = std::clamp(params.n_threads, 1, GGML_MAX_N_THREADS);
+    const int32_t n_prefill = std::clamp(params.n_threads_batch, 1, GGML_MAX_N_THREADS);
+
+    // One pool of the larger size serves both: a graph uses as many of its threads as it asks for.
+    ggml_threadpool_params tparams = ggml_threadpool_params_default(std::max(n_decode, n_prefill));
+    pool_                          = make(&tparams);
+    if (!pool_) {
+        throw engine_error(errc::out_of_memory, "the thread pool could not be made");
+    }
+    pool_batch_ = pool_;
+    llama_attach_threadpool(ctx_.get(), pool_, pool_batch_);
+}
+
+void loaded_model::warm_up() {
+    // Touches every weight once, so that the first request does not pay for page faults.
+    const llama_token bos   = llama_vocab_bos(vocab());
+    llama_token       token = bos >= 0 ? bos : 0;
+    if (llama_decode(ctx_.get(), llama_batch_get_one(&token, 1)) != 0) {
+        const std::string log = log_take_errors();
+        throw engine_error(errc::load_failed, "the first decode failed" + (log.empty() ? "" : ": " + log));
+    }
+    llama_synchronize(ctx_.get());
+    llama_memory_clear(memory(), true);
+}
+
+void loaded_model::describe(const load_params & params) {
+    char text[512];
+
+    info_.path = params.path;
+    llama_model_desc(model_.get(), text, sizeof(text));
+    info_.description     = text;
+    info_.n_ctx           = llama_n_ctx_seq(ctx_.get());
+    info_.n_ctx_train     = static_cast<uint32_t>(std::max(0, llama_model_n_ctx_train(model_.get())));
+    info_.n_batch         = llama_n_batch(ctx_.get());
+    info_.n_ubatch        = llama_n_ubatch(ctx_.get());
+    info_.n_slots         = llama_n_seq_max(ctx_.get());
+    info_.n_vocab         = llama_vocab_n_tokens(vocab());
+    info_.n_embd          = llama_model_n_embd(model_.get());
+    info_.n_threads       = std::max(1, params.n_threads);
+    info_.n_threads_batch = std::max(1, params.n_threads_batch);
+    info_.n_params        = llama_model_n_params(model_.get());
+    info_.size_bytes      = llama_model_size(model_.get());
+    info_.has_chat_template = llama_model_chat_template(model_.get(), nullptr) != nullptr;
+
+    info_.device = "CPU";
+    if (params.n_gpu_layers != 0) {
+        for (const device_info & device : get_devices()) {
+            if (device.kind == "gpu" || device.kind == "igpu") {
+                info_.device = device.name;
+                break;
+            }
+        }
+    }
+
+    const int32_t count = llama_model_meta_count(model_.get());
+    for (int32_t i = 0; i < count; ++i) {
+        char      key[256];
+        const int n = llama_model_meta_key_by_index(model_.get(), i, key, sizeof(key));
+        // Long values (a chat template, a licence) are of no use to a caller and are left out.
+        if (n > 0 && llama_model_meta_val_str_by_index(model_.get(), i, text, sizeof(text)) < (int32_t) sizeof(text)) {
+            info_.metadata.emplace_back(utf8_sanitize(key), utf8_sanitize(text));
+        }
+    }
+}
+
+std::vector<llama_token> loaded_model::tokenize(const generate_params & params) const {
+    std::string text = params.prompt;
+    if (params.chat) {
+        if (!templates_) {
+            throw engine_error(errc::bad_request, "system_prompt: the model's chat template cannot be used");
+        }
+        common_chat_msg system;
+        system.role    = "system";
+        system.content = params.system_prompt;
+        common_chat_msg user;
+        user.role    = "user";
+        user.content = params.prompt;
+
+        common_chat_templates_inputs inputs;
+        inputs.messages.push_back(std::move(system));
+        inputs.messages.push_back(std::move(user));
+        inputs.use_jinja             = true;
+        inputs.add_generation_prompt = true;
+        inputs.add_bos               = llama_vocab_get_add_bos(vocab());
+        inputs.add_eos               = llama_vocab_get_add_eos(vocab());
+        inputs.enable_thinking       = false;
+        try {
+            text = common_chat_templates_apply(templates_.get(), inputs).prompt;
+        } catch (const std::exception & error) {
+            throw engine_error(errc::bad_request, std::string("system_prompt: the chat template refused it: ") + error.what());
+        }
+    }
+
+    std::vector<llama_token> tokens = common_tokenize(vocab(), text, /*add_special=*/true, /*parse_special=*/true);
+    if (tokens.empty() && llama_vocab_bos(vocab()) >= 0) {
+        tokens.push_back(llama_vocab_bos(vocab()));
+    }
+    if (tokens.empty()) {
+        throw engine_error(errc::bad_request, "prompt: is empty, and the model has no token to begin with");
+    }
+    return tokens;
+}
+
+std::string loaded_model::piece(llama_token token) const {
+    return common_token_to_piece(vocab(), token, /*special=*/false);
+}
+
+}  // namespace ai4all
