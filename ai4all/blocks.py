@@ -1,0 +1,311 @@
+"""One block from its assignment to its result: admission, model, computation, figures.
+
+Nothing here knows the wire's session or the spool; ``worker`` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import traceback
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Final, Protocol
+
+import structlog
+
+from ai4all.backend.base import Completion, EngineOptions, InferenceBackend, LoadedModel
+from ai4all.errors import (
+    ComputeError,
+    DeadlineExceeded,
+    EngineCrashed,
+    EngineError,
+    EngineHung,
+    LoadFailed,
+    ModelError,
+)
+from ai4all.protocol.messages import Assignment
+from ai4all.tasks import Job, compute, parse_input
+from ai4all.types.model import ModelFile
+from ai4all.types.task import BlockMetrics, TaskResult
+
+__all__ = ["Block", "ModelGate", "ModelSource", "as_compute_error", "run_block"]
+
+_log = structlog.get_logger(__name__)
+
+# The engine enforces a deadline itself. One that is silent for this long after it, hangs.
+_HANG_SLACK_S: Final = 2.0
+
+# A deadline further away than this is none; native clocks count nanoseconds in 64 bits.
+_MAX_DEADLINE_S: Final = 30 * 86_400.0
+
+
+class ModelSource(Protocol):
+    """Where models come from; ``ai4all.models.store.ModelStore`` is the one in use."""
+
+    def get(self, model_id: str) -> ModelFile:
+        """Find a model by name.
+
+        Raises:
+            ModelNotFound: There is none.
+        """
+
+    def list(self) -> Sequence[ModelFile]:
+        """All models that are here."""
+
+
+@dataclass(slots=True)
+class Block:
+    """A block that this worker has taken.
+
+    Attributes:
+        assignment: What the coordinator sent.
+        received_at: ``time.monotonic()`` of its receipt.
+        deadline: ``time.monotonic()`` value of its deadline, or None when it is far away.
+        task: What runs it.
+        job: What computes it, once that has begun.
+        started_at: ``time.monotonic()`` when computing began, or None.
+        stopped_by: Why it was stopped from outside, or None.
+        is_computing: Whether stopping it still means something.
+    """
+
+    assignment: Assignment
+    received_at: float
+    deadline: float | None
+    task: asyncio.Task[None] | None = None
+    job: Job | None = None
+    started_at: float | None = None
+    stopped_by: ComputeError | None = field(default=None)
+    is_computing: bool = False
+
+    @classmethod
+    def received(cls, assignment: Assignment) -> Block:
+        """Take an assignment now: its wall-clock deadline becomes one that no clock jump moves."""
+        now = time.monotonic()
+        remaining = (assignment.deadline - datetime.now(UTC)).total_seconds()
+        return cls(assignment, now, now + remaining if remaining < _MAX_DEADLINE_S else None)
+
+    @property
+    def block_id(self) -> str:
+        """The coordinator's name for it."""
+        return self.assignment.block_id
+
+    @property
+    def progress(self) -> float:
+        """Share that is done, 0 to 1."""
+        return self.job.progress if self.job is not None else 0.0
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds until the deadline; negative when it has passed."""
+        return None if self.deadline is None else self.deadline - time.monotonic()
+
+    def stop(self, why: ComputeError) -> None:
+        """Have it answered with ``why`` instead of a result. Too late, does nothing."""
+        if self.is_computing and self.stopped_by is None and self.task is not None:
+            self.stopped_by = why
+            self.task.cancel()
+
+    def failed(self, error: ComputeError) -> TaskResult:
+        """The result of a block that could not be computed. Times are those of this process."""
+        now = time.monotonic()
+        started = self.started_at if self.started_at is not None else now
+        return TaskResult(
+            success=False,
+            output=None,
+            error=error.info(),
+            metrics=BlockMetrics(
+                queue_time_ms=(started - self.received_at) * 1000.0,
+                execution_time_ms=(now - started) * 1000.0,
+                total_time_ms=(now - self.received_at) * 1000.0,
+            ),
+        )
+
+
+class ModelGate:
+    """Lets blocks of one model run together and changes the model when they are done.
+
+    First come, first served: a block that wants another model is not overtaken by blocks that
+    want the one that is loaded.
+    """
+
+    def __init__(self, backend: InferenceBackend, options: EngineOptions) -> None:
+        self._backend = backend
+        self._options = options
+        self._turn = asyncio.Lock()
+        self._users = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._loading: asyncio.Task[LoadedModel] | None = None
+
+    @asynccontextmanager
+    async def use(self, model: ModelFile) -> AsyncIterator[float]:
+        """Hold ``model`` loaded; yields the milliseconds of the load that this took, or 0.
+
+        Raises:
+            LoadFailed: The file could not be loaded.
+            OutOfMemory: It does not fit.
+        """
+        async with self._turn:
+            load_ms = await self._ensure(model)
+            self._users += 1
+            self._idle.clear()
+        try:
+            yield load_ms
+        finally:
+            self._users -= 1
+            if self._users == 0:
+                self._idle.set()
+
+    async def close(self) -> None:
+        """End a load that nobody waits for any more."""
+        if self._loading is not None:
+            self._loading.cancel()
+            await asyncio.wait({self._loading})
+
+    async def _ensure(self, model: ModelFile) -> float:
+        if self._loading is not None:
+            await asyncio.wait({self._loading})
+        loaded = self._backend.loaded
+        if loaded is not None and loaded.file.sha256 == model.sha256:
+            return 0.0
+        await self._idle.wait()
+        # A load is not given up with the block that asked for it: the next may want it, too.
+        self._loading = asyncio.ensure_future(self._backend.load(model, self._options))
+        self._loading.add_done_callback(self._loaded)
+        return (await asyncio.shield(self._loading)).load_ms
+
+    def _loaded(self, task: asyncio.Task[LoadedModel]) -> None:
+        self._loading = None
+        if not task.cancelled():
+            task.exception()  # Taken, so that nobody warns when the block has gone.
+
+
+async def run_block(
+    block: Block,
+    backend: InferenceBackend,
+    models: ModelSource,
+    gate: ModelGate,
+    slots: asyncio.Semaphore,
+    on_text: Callable[[str, int], None],
+) -> TaskResult:
+    """Compute a block. Whatever goes wrong becomes a failed result.
+
+    Args:
+        block: What to compute; its ``task`` is the one that runs this.
+        backend: What computes.
+        models: Where its model comes from.
+        gate: Lets it have the model.
+        slots: One for each block that may be computed at once.
+        on_text: Called with text that became certain and the count of tokens so far.
+
+    Raises:
+        asyncio.CancelledError: The task was cancelled by other means than ``Block.stop``.
+    """
+    block.is_computing = True
+    try:
+        return await _attempt(block, backend, models, gate, slots, on_text)
+    except asyncio.CancelledError:
+        if block.stopped_by is None:
+            raise
+        if block.task is not None:
+            block.task.uncancel()
+        return block.failed(block.stopped_by)
+    except Exception as exc:  # noqa: BLE001 - a block's fault must never be the worker's end.
+        return block.failed(as_compute_error(exc))
+    finally:
+        block.is_computing = False
+
+
+async def _attempt(
+    block: Block,
+    backend: InferenceBackend,
+    models: ModelSource,
+    gate: ModelGate,
+    slots: asyncio.Semaphore,
+    on_text: Callable[[str, int], None],
+) -> TaskResult:
+    assignment = block.assignment
+    remaining = block.remaining
+    if remaining is not None and remaining <= 0.0:
+        raise DeadlineExceeded("the deadline had passed when the block arrived")
+    parsed = parse_input(assignment.task_type, assignment.input)
+    job = Job(assignment.task_type, parsed, backend, block.deadline, on_text)
+    async with AsyncExitStack() as held:
+        try:
+            async with asyncio.timeout(remaining):
+                await held.enter_async_context(slots)
+                model = await _find(assignment.model_id, backend, models)
+                load_ms = await held.enter_async_context(gate.use(model))
+        except TimeoutError as exc:
+            _raise_own(exc)
+            raise DeadlineExceeded("the deadline passed before the block was begun") from None
+        block.job = job
+        block.started_at = time.monotonic()
+        remaining = block.remaining
+        try:
+            limit = None if remaining is None else max(0.0, remaining) + _HANG_SLACK_S
+            async with asyncio.timeout(limit):
+                computed = await compute(job)
+        except TimeoutError as exc:
+            _raise_own(exc)
+            raise EngineHung("the engine did not answer at the deadline") from None
+    return TaskResult(
+        success=True,
+        output=computed.output,
+        error=None,
+        metrics=_metrics(computed.completion, load_ms, backend),
+        fingerprint=computed.completion.fingerprint,
+    )
+
+
+def _raise_own(exc: TimeoutError) -> None:
+    # Some of the backend's errors are timeouts too, and say more than ours would.
+    if isinstance(exc, ComputeError):
+        raise exc
+
+
+async def _find(model_id: str, backend: InferenceBackend, models: ModelSource) -> ModelFile:
+    loaded = backend.loaded
+    if loaded is not None and loaded.file.model_id == model_id:
+        return loaded.file
+    # A look at the disk, and perhaps a hash of the whole file: not on the loop.
+    return await asyncio.to_thread(models.get, model_id)
+
+
+def _metrics(completion: Completion, load_ms: float, backend: InferenceBackend) -> BlockMetrics:
+    """The figures of the native loop; a load that the block had to wait for is added to them."""
+    timings = completion.timings
+    return BlockMetrics(
+        queue_time_ms=timings.queue_ms,
+        execution_time_ms=timings.total_ms - timings.queue_ms - timings.load_ms,
+        total_time_ms=timings.total_ms + load_ms,
+        load_time_ms=timings.load_ms + load_ms,
+        prompt_time_ms=timings.prompt_ms,
+        time_to_first_token_ms=timings.time_to_first_token_ms,
+        tokens_processed=completion.usage.total_tokens,
+        tokens_per_second=timings.decode_tokens_per_second,
+        peak_memory_mb=backend.resource_usage().memory_mb,
+    )
+
+
+def as_compute_error(exc: Exception) -> ComputeError:
+    """The failure as the wire can say it. What nobody foresaw is ours, and is logged.
+
+    The log has the places, never the values: a value may be a prompt.
+    """
+    match exc:
+        case ComputeError():
+            return exc
+        case ModelError():
+            return LoadFailed(str(exc))
+        case EngineError():
+            return EngineCrashed(str(exc))
+    places = [
+        f"{frame.filename}:{frame.lineno} {frame.name}"
+        for frame in traceback.extract_tb(exc.__traceback__)
+    ]
+    _log.error("block_failed_unexpectedly", error=type(exc).__name__, places=places)
+    return EngineCrashed(f"an unexpected {type(exc).__name__} in the worker")

@@ -1,0 +1,526 @@
+"""The worker: asks for blocks, has them computed, and delivers each result once.
+
+The loop is the first protocol's: register, ask, wait out ``NoWork``, compute, submit, await the
+acknowledgement, forget. Every result is committed to the spool before it is sent, and sent again
+after each reconnect until it is acknowledged. Nothing that a block or a coordinator does ends the
+worker; only ``stop``, a link that failed for good, or a bug does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import structlog
+
+from ai4all.backend.base import EngineOptions, InferenceBackend
+from ai4all.blocks import Block, ModelGate, ModelSource, as_compute_error, run_block
+from ai4all.delivery.spool import ResultConflict, ResultSpool
+from ai4all.errors import (
+    Ai4allError,
+    BadRequest,
+    Cancelled,
+    ComputeError,
+    Preempted,
+    ShuttingDown,
+    SpoolError,
+)
+from ai4all.protocol.connection import Connection, LinkOptions, ReconnectPolicy
+from ai4all.protocol.events import (
+    AssignmentUnfit,
+    BadFrame,
+    BlockCancelled,
+    CloseLink,
+    CoordinatorError,
+    Drained,
+    DuplicateAssignment,
+    HeartbeatDue,
+    RegistrationRefused,
+    ResultAcknowledged,
+    SessionEnded,
+    SessionEvent,
+    SessionStarted,
+    UnknownFrame,
+    VersionRefused,
+    WorkAssigned,
+    WorkDue,
+)
+from ai4all.protocol.messages import (
+    Envelope,
+    ErrorDetail,
+    ErrorStatus,
+    ResourceUsage,
+    WorkerCapabilities,
+    WorkerStatus,
+    working,
+)
+from ai4all.protocol.session import Session, SessionOptions
+from ai4all.self_description import describe_worker
+from ai4all.types.model import ModelFile
+from ai4all.types.task import BlockMetrics, ErrorCode, TaskResult
+from ai4all.worker_events import (
+    BlockAcknowledged,
+    BlockFinished,
+    BlockStarted,
+    BlockText,
+    LinkDown,
+    LinkUp,
+    WorkerEvent,
+)
+
+__all__ = [
+    "BlockAcknowledged",
+    "BlockFinished",
+    "BlockStarted",
+    "BlockText",
+    "LinkDown",
+    "LinkUp",
+    "Worker",
+    "WorkerEvent",
+    "WorkerOptions",
+    "new_envelope",
+]
+
+_log = structlog.get_logger(__name__)
+
+# How long results that were sent at the end may wait for their acknowledgements.
+_LAST_ACKNOWLEDGEMENTS_S: Final = 3.0
+
+# After a failure to keep a result, one new block is tried after this long.
+_SPOOL_RETRY_S: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    """How a worker works.
+
+    Attributes:
+        worker_id: Its persistent name.
+        benchmark_score: The benchmark's composite score, or None.
+        max_concurrent_tasks: Blocks computed at once.
+        engine: How to run models.
+        preload: A model to load before the first block asks for it.
+        stop_grace: Seconds that running blocks have after ``stop``.
+        progress_interval: Least seconds between two ``Progress`` frames of a block.
+        session: Patience and limits of the session.
+    """
+
+    worker_id: str
+    benchmark_score: float | None = None
+    max_concurrent_tasks: int = 1
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    preload: ModelFile | None = None
+    stop_grace: float = 20.0
+    progress_interval: float = 0.1
+    session: SessionOptions = field(default_factory=SessionOptions)
+
+
+def new_envelope() -> Envelope:
+    """The envelope of a frame that is written now."""
+    return Envelope(id=str(uuid.uuid4()), timestamp=datetime.now(UTC))
+
+
+class Worker:
+    """One worker on one machine, from ``run`` to ``stop``. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        backend: InferenceBackend,
+        models: ModelSource,
+        spool: ResultSpool,
+        link: LinkOptions,
+        policy: ReconnectPolicy,
+        options: WorkerOptions,
+        observer: Callable[[WorkerEvent], None] | None = None,
+    ) -> None:
+        """Prepare; nothing happens before ``run``.
+
+        Args:
+            backend: What computes. Whoever made it closes it.
+            models: What can be loaded.
+            spool: What keeps results. Whoever opened it closes it.
+            link: Where the coordinator is.
+            policy: When to connect again.
+            options: How to work.
+            observer: Called with what happens, on the loop.
+
+        Raises:
+            ConfigError: The coordinator's address cannot or should not be used.
+        """
+        self._backend = backend
+        self._models = models
+        self._spool = spool
+        self._options = options
+        self._observe = observer or (lambda event: None)
+        self._blocks: dict[str, Block] = {}
+        self._slots = asyncio.Semaphore(options.max_concurrent_tasks)
+        self._gate = ModelGate(backend, options.engine)
+        self._background: set[asyncio.Task[None]] = set()
+        self._session = Session(
+            options.worker_id,
+            self._describe(),
+            options.benchmark_score,
+            envelope=new_envelope,
+            options=options.session,
+        )
+        self._max_frame = min(link.max_size, options.session.limits.max_bytes)
+        self._connection = Connection(self._session, link, policy, self._on_event)
+        self._is_up = False
+        self._stop_requests = 0
+        self._stopping = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._all_acknowledged = asyncio.Event()
+        self._spool_problem: str | None = None
+        self._spool_failed_at = 0.0
+
+    def _describe(self) -> WorkerCapabilities:
+        return describe_worker(
+            self._backend,
+            self._models,
+            self._options.engine,
+            benchmark_score=self._options.benchmark_score,
+            max_concurrent_tasks=self._options.max_concurrent_tasks,
+        )
+
+    # Life.
+
+    async def run(self) -> None:
+        """Work until ``stop``.
+
+        Raises:
+            LinkError: The link failed for good.
+            ConfigError: The coordinator cannot be reached as configured.
+        """
+        self._take_over()
+        if self._options.preload is not None:
+            self._spawn(self._preload(self._options.preload))
+        link = asyncio.ensure_future(self._connection.run())
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait({link, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not link.done():
+                await self._wind_down()
+            await link
+        finally:
+            stopping.cancel()
+            await self._abandon(link)
+
+    def stop(self) -> None:
+        """Finish: ask for nothing more, give running blocks their grace, say goodbye.
+
+        A second call ends the grace at once. May be called from a signal handler of the loop.
+        """
+        self._stop_requests += 1
+        self._stopping.set()
+        if self._stop_requests > 1:
+            self._hurry.set()
+
+    @property
+    def session(self) -> Session:
+        """The session, to look at."""
+        return self._session
+
+    def _take_over(self) -> None:
+        """Take over what an earlier process left."""
+        pending = self._spool.pending()
+        self._session.restore_results(
+            (block_id, payload.decode("utf-8")) for block_id, payload in pending
+        )
+        if pending:
+            _log.info("results_pending", count=len(pending))
+        for block_id in self._spool.interrupted:
+            # Nothing of it is left. The coordinator learns so from ``Reconcile`` or its deadline.
+            _log.warning("block_lost_in_restart", block_id=block_id)
+            self._spool.ended(block_id)
+
+    async def _wind_down(self) -> None:
+        """Let running blocks finish, hand back those that do not, and leave politely."""
+        _log.info("worker_stopping", running=len(self._blocks))
+        await self._until_hurry(self._blocks_done(), self._options.stop_grace)
+        for block in list(self._blocks.values()):
+            block.stop(ShuttingDown("the worker is stopping"))
+        await self._blocks_done()
+        self._note_acknowledged()
+        if self._session.is_registered:
+            await self._until_hurry(self._all_acknowledged.wait(), _LAST_ACKNOWLEDGEMENTS_S)
+        await self._connection.close("shutdown")
+
+    async def _blocks_done(self) -> None:
+        while tasks := [block.task for block in self._blocks.values() if block.task is not None]:
+            await asyncio.wait(tasks)
+
+    async def _until_hurry(self, work: Coroutine[Any, Any, object], limit: float) -> None:
+        task = asyncio.ensure_future(work)
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        try:
+            await asyncio.wait({task, hurry}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in (task, hurry):
+                each.cancel()
+            await asyncio.gather(task, hurry, return_exceptions=True)
+
+    async def _abandon(self, link: asyncio.Task[None]) -> None:
+        """End everything that is left, in the order that lets each part finish what it holds."""
+        tasks = [block.task for block in self._blocks.values() if block.task is not None]
+        for task in (link, *tasks):
+            task.cancel()
+        await asyncio.gather(link, *tasks, return_exceptions=True)
+        await self._gate.close()
+        while self._background:
+            # Results that are acknowledged are forgotten before the spool is closed.
+            await asyncio.wait(self._background)
+
+    async def _preload(self, model: ModelFile) -> None:
+        try:
+            async with self._gate.use(model) as load_ms:
+                _log.info("model_ready", model_id=model.model_id, load_ms=round(load_ms, 1))
+        except (Ai4allError, OSError) as exc:
+            # The block that needs it will try again, and be answered with the reason.
+            _log.warning("model_not_loaded", model_id=model.model_id, error=str(exc))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    # What the session tells.
+
+    def _on_event(self, event: SessionEvent) -> None:
+        match event:
+            case WorkAssigned(assignment):
+                self._take(Block.received(assignment))
+            case AssignmentUnfit(block_id, error):
+                _log.warning("assignment_unfit", block_id=block_id, code=error.code.value)
+                self._spawn(self._answer(block_id, _never_begun(error)))
+            case ResultAcknowledged(block_id, accepted, error_text):
+                self._on_acknowledged(block_id, accepted, error_text)
+            case HeartbeatDue():
+                self._on_heartbeat_due()
+            case SessionStarted(session_id):
+                _log.info("registered", session_id=session_id, extensions=sorted(event.extensions))
+                self._is_up = True
+                self._observe(LinkUp(session_id))
+            case SessionEnded(code, reason):
+                self._session.capabilities = self._describe()
+                if self._is_up:
+                    self._is_up = False
+                    self._observe(LinkDown(reason or f"close code {code}"))
+            case BlockCancelled(block_id, reason):
+                _log.info("block_cancelled", block_id=block_id)
+                if block_id in self._blocks:
+                    self._blocks[block_id].stop(Cancelled(reason or "cancelled on request"))
+            case _:
+                _note(event)
+        self._ask()
+
+    def _on_acknowledged(self, block_id: str, accepted: bool, error: str | None) -> None:
+        if accepted:
+            _log.info("result_accepted", block_id=block_id)
+        else:
+            _log.warning("result_refused", block_id=block_id, reason=error)
+        self._observe(BlockAcknowledged(block_id, accepted, error))
+        self._spawn(self._forget(block_id))
+        self._note_acknowledged()
+
+    def _note_acknowledged(self) -> None:
+        if not self._session.unacknowledged:
+            self._all_acknowledged.set()
+        else:
+            self._all_acknowledged.clear()
+
+    def _on_heartbeat_due(self) -> None:
+        now = time.monotonic()
+        if self._spool_problem is not None and now - self._spool_failed_at >= _SPOOL_RETRY_S:
+            self._spool_problem = None
+        if not self._session.is_registered:
+            return
+        usage = self._backend.resource_usage()
+        self._session.send_heartbeat(self._status(), ResourceUsage(**asdict(usage)))
+
+    def _status(self) -> WorkerStatus:
+        if self._spool_problem is not None:
+            return ErrorStatus(Error=ErrorDetail(message=self._spool_problem))
+        # The first protocol can name one block; the oldest is the one most asked for.
+        for block in self._blocks.values():
+            return working(block.block_id, block.progress)
+        return "Idle"
+
+    def _ask(self) -> None:
+        """Ask for as many blocks as there are free slots."""
+        session = self._session
+        free = self._options.max_concurrent_tasks - len(self._blocks)
+        while (
+            not self._stopping.is_set()
+            and self._spool_problem is None
+            and session.may_request_work
+            and session.outstanding_requests < free
+        ):
+            session.send_request_work(self._connection.now())
+
+    # One block.
+
+    def _take(self, block: Block) -> None:
+        if self._stopping.is_set():
+            refusal: ComputeError = ShuttingDown("the worker is stopping")
+        elif len(self._blocks) >= 2 * self._options.max_concurrent_tasks:
+            # One block a slot may wait: a request that was asked twice is answered twice.
+            refusal = Preempted("all slots are taken, and as many blocks wait")
+        else:
+            self._blocks[block.block_id] = block
+            self._spool.begin(block.block_id)
+            block.task = asyncio.ensure_future(self._run(block))
+            return
+        self._spawn(self._answer(block.block_id, block.failed(refusal)))
+
+    async def _run(self, block: Block) -> None:
+        assignment = block.assignment
+        _log.info(
+            "block_started",
+            block_id=block.block_id,
+            task_type=assignment.task_type.value,
+            model_id=assignment.model_id,
+        )
+        self._observe(BlockStarted(block.block_id, assignment.task_type.value, assignment.model_id))
+        stream = _ProgressStream(self._options.progress_interval)
+
+        def on_text(text: str, completion_tokens: int) -> None:
+            self._observe(BlockText(block.block_id, text))
+            stream.hold(text)
+            if stream.is_due and self._session.send_progress(
+                block.block_id, stream.held, completion_tokens
+            ):
+                stream.sent()
+                self._connection.flush()
+
+        try:
+            result = await run_block(
+                block, self._backend, self._models, self._gate, self._slots, on_text
+            )
+            await self._answer(block.block_id, result, begun=block.started_at is not None)
+        except Exception as exc:  # noqa: BLE001 - a result that cannot be sent is one more fault.
+            await self._submit(block.block_id, block.failed(as_compute_error(exc)))
+        finally:
+            self._blocks.pop(block.block_id, None)
+        self._ask()
+        self._connection.flush()
+
+    async def _answer(self, block_id: str, result: TaskResult, *, begun: bool = False) -> None:
+        """Deliver what became of a block: refused where that can be said, else as a result."""
+        error = result.error
+        _log.info(
+            "block_finished" if begun else "block_refused",
+            block_id=block_id,
+            success=result.success,
+            code=error.code.value if error is not None else None,
+            total_ms=round(result.metrics.total_time_ms, 1),
+        )
+        self._observe(BlockFinished(block_id, result))
+        if error is not None and not begun and self._session.send_decline(block_id, error):
+            self._spool.ended(block_id)
+        else:
+            await self._submit(block_id, result)
+        self._connection.flush()
+
+    async def _submit(self, block_id: str, result: TaskResult) -> None:
+        frame = self._session.result_frame(block_id, result)
+        payload = frame.encode("utf-8")
+        if len(payload) > self._max_frame:
+            # The coordinator would close the link on it, again after every reconnect.
+            too_long = BadRequest(
+                f"the result has {len(payload)} bytes, a message at most {self._max_frame}; "
+                "ask for fewer tokens"
+            )
+            frame = self._session.result_frame(block_id, _never_begun(too_long))
+            payload = frame.encode("utf-8")
+        if result.error is not None and result.error.code is ErrorCode.SHUTTING_DOWN:
+            # Good for this connection only: after a restart the block is long someone else's.
+            self._spool.ended(block_id)
+            self._session.send_result(block_id, frame)
+            return
+        try:
+            await self._spool.commit(block_id, payload)
+        except ResultConflict:
+            # One block, one result: the first one that was kept is the one that counts.
+            frame = dict(self._spool.pending())[block_id].decode("utf-8")
+        except SpoolError as exc:
+            # Still sent from memory, but no new work until results can be kept again.
+            _log.error("result_not_kept", block_id=block_id, error=str(exc))
+            self._spool_problem = str(exc)
+            self._spool_failed_at = time.monotonic()
+        self._session.send_result(block_id, frame)
+
+    async def _forget(self, block_id: str) -> None:
+        try:
+            await self._spool.forget(block_id)
+        except SpoolError as exc:
+            # It will be sent once more after a restart, and the coordinator drops repeats.
+            _log.warning("result_not_forgotten", block_id=block_id, error=str(exc))
+            return
+        self._spool_problem = None
+        self._ask()
+        self._connection.flush()
+
+
+class _ProgressStream:
+    """Gathers text so that a fast model does not send a frame for each token."""
+
+    def __init__(self, interval: float) -> None:
+        self._interval = interval
+        self._held: list[str] = []
+        self._sent_at = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the interval has passed since the last frame."""
+        return time.monotonic() - self._sent_at >= self._interval
+
+    @property
+    def held(self) -> str:
+        """The text since then."""
+        return "".join(self._held)
+
+    def hold(self, text: str) -> None:
+        """Take text."""
+        self._held.append(text)
+
+    def sent(self) -> None:
+        """The held text is on its way."""
+        self._held.clear()
+        self._sent_at = time.monotonic()
+
+
+def _never_begun(error: ComputeError) -> TaskResult:
+    return TaskResult(
+        success=False,
+        output=None,
+        error=error.info(),
+        metrics=BlockMetrics(queue_time_ms=0.0, execution_time_ms=0.0, total_time_ms=0.0),
+    )
+
+
+def _note(event: SessionEvent) -> None:
+    """Log what asks for nothing else."""
+    match event:
+        case BadFrame(problem):
+            _log.warning("bad_frame", problem=problem)
+        case UnknownFrame(kind):
+            _log.warning("unknown_frame", type=kind)
+        case CoordinatorError(code, message):
+            _log.warning("coordinator_error", code=code, message=message)
+        case DuplicateAssignment(block_id, resent):
+            _log.warning("duplicate_assignment", block_id=block_id, resent=resent)
+        case RegistrationRefused(code, message):
+            _log.error("registration_refused", code=code, message=message)
+        case VersionRefused(theirs, ours):
+            _log.error("version_refused", theirs=theirs, ours=ours)
+        case Drained(reason):
+            _log.info("drained", reason=reason)
+        case CloseLink(code_number, reason):
+            _log.info("closing_link", code=code_number, reason=reason)
+        case WorkDue():
+            _log.debug("work_due")
