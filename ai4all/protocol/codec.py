@@ -146,23 +146,29 @@ def encode(message: Message) -> str:
     Raises:
         LocalProtocolError: It holds something that JSON cannot.
     """
-    body = message.model_dump(mode="json")
-    for name in ("id", "timestamp", "version"):
-        # The envelope comes last, where a reader of a log looks for it last.
-        value = body.pop(name)
-        if value is not None:
-            body[name] = value
-    for path, names in message.OMITTED_WHEN_NONE.items():
-        holder = body
-        for key in filter(None, path.split(".")):
-            holder = holder[key]
-        for name in names:
-            if holder[name] is None:
-                del holder[name]
     try:
-        return ujson.dumps(body, ensure_ascii=False, escape_forward_slashes=False, allow_nan=False)
-    except (OverflowError, UnicodeError, TypeError, ValueError) as exc:
+        body = message.model_dump(mode="json")
+        for name in ("id", "timestamp", "version"):
+            # The envelope comes last, where a reader of a log looks for it last.
+            value = body.pop(name)
+            if value is not None:
+                body[name] = value
+        for path, names in message.OMITTED_WHEN_NONE.items():
+            _omit(body, path, names)
+        text = ujson.dumps(body, ensure_ascii=False, escape_forward_slashes=False, allow_nan=False)
+        if not text.isascii():
+            text.encode("utf-8")  # Raises on a lone surrogate, which no frame can hold.
+    except (OverflowError, TypeError, ValueError) as exc:
         raise LocalProtocolError(f"a {type(message).__name__} that JSON cannot hold") from exc
+    return text
+
+
+def _omit(body: dict[str, Any], path: str, names: tuple[str, ...]) -> None:
+    for key in filter(None, path.split(".")):
+        body = body[key]
+    for name in names:
+        if body[name] is None:
+            del body[name]
 
 
 def decode_server_message(
