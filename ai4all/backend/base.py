@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ai4all.types.model import DeviceInfo, ModelFile
-from ai4all.types.task import FinishReason, Fingerprint, Usage
+from ai4all.types.task import Fingerprint, FinishReason, Usage
 
 __all__ = [
     "Capabilities",
@@ -238,6 +238,8 @@ class InferenceBackend(abc.ABC):
         """Load ``model``, in place of the one held before.
 
         Args:
+            model: The verified file.
+            options: The shape to run it in.
             progress: Called on the loop's thread with a share in 0..1.
 
         Raises:

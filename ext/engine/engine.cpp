@@ -272,6 +272,9 @@ void engine::impl::place(slot & place, command cmd) {
     place.times.model_ready = std::max(cmd.submitted, model_ready);
     place.times.admitted    = now_ns();
     try {
+        if (cmd.generate.ignore_eos && !(cmd.generate.grammar.empty() && cmd.generate.json_schema.empty())) {
+            throw engine_error(errc::bad_request, "ignore_eos: a grammar or json_schema must be able to end");
+        }
         place.tokens   = model->tokenize(cmd.generate);
         place.n_prompt = place.tokens.size();
         if (place.n_prompt > model->info().n_ctx) {

@@ -1,0 +1,515 @@
+"""The engine in this process, as asyncio sees it. The only importer of the extension.
+
+The engine's thread appends events and makes a descriptor readable; the loop's reader takes all of
+them at once and hands each to the stream it belongs to. No lock is held and no thread is entered
+on the way, so the loop never waits for the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import secrets
+import sys
+from array import array
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from ai4all import _engine
+from ai4all.backend.base import (
+    Capabilities,
+    Completion,
+    EngineOptions,
+    GenerateRequest,
+    GenerationEvent,
+    InferenceBackend,
+    LoadedModel,
+    PromptProgress,
+    ResourceUsage,
+    Timings,
+    TokenEvent,
+)
+from ai4all.backend.cores import compute_threads
+from ai4all.errors import (
+    Ai4allError,
+    BadRequest,
+    Cancelled,
+    ContextOverflow,
+    DeadlineExceeded,
+    EngineBusy,
+    EngineClosed,
+    EngineCrashed,
+    EngineError,
+    LoadFailed,
+    OutOfMemory,
+)
+from ai4all.types.model import DeviceInfo, ModelFile
+from ai4all.types.task import Fingerprint, FinishReason, Usage
+
+__all__ = [
+    "NATIVE_ERRORS",
+    "NativeBackend",
+    "engine_build_info",
+    "engine_build_line",
+    "engine_devices",
+]
+
+log = logging.getLogger("ai4all.engine")
+
+NATIVE_ERRORS: dict[str, type[Ai4allError]] = {
+    "bad_request": BadRequest,
+    "context_overflow": ContextOverflow,
+    "out_of_memory": OutOfMemory,
+    "load_failed": LoadFailed,
+    "cancelled": Cancelled,
+    "deadline_exceeded": DeadlineExceeded,
+    "compute_failed": EngineCrashed,
+    "busy": EngineBusy,
+    "closed": EngineClosed,
+    "not_loaded": EngineError,
+}
+"""The one exception of each native error code. A test holds that the map is total."""
+
+_FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
+_LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
+_BACKEND_NAMES = {
+    "CUDA": "cuda",
+    "HIP": "rocm",
+    "ROCm": "rocm",
+    "Vulkan": "vulkan",
+    "MTL": "metal",
+    "Metal": "metal",
+}
+# llama.cpp reads this seed as "draw one", which would make the reported seed a lie.
+_RESERVED_SEED = 0xFFFFFFFF
+_MIB = 1024 * 1024
+
+
+def _error(code: int, message: str, details: dict[str, Any] | None = None) -> Ai4allError:
+    kind = NATIVE_ERRORS[_engine.ERROR_NAMES[code]]
+    if details is not None and issubclass(kind, DeadlineExceeded | Cancelled | EngineCrashed):
+        return kind(message, details)
+    return kind(message)
+
+
+def engine_build_info() -> dict[str, Any]:
+    """How the extension was built: upstream commit, backends, CPU features, compiler."""
+    return _engine.build_info()
+
+
+def engine_devices() -> list[dict[str, Any]]:
+    """The compute devices the build can see; memory in bytes."""
+    return _engine.devices()
+
+
+def engine_build_line() -> str:
+    """The build in one line, such as ``llama.cpp 0c1e570 cpu avx512``."""
+    info = _engine.build_info()
+    backends = [name for name in info["backends"] if name != "CPU"]
+    backend = ",".join(_BACKEND_NAMES.get(name, name.lower()) for name in backends) or "cpu"
+    features = set(info["cpu_features"])
+    level = next((f for f in ("AVX512", "AVX2", "AVX", "SVE", "NEON") if f in features), "generic")
+    return f"llama.cpp {info['llama_commit'][:7]} {backend} {level.lower()}"
+
+
+def _devices() -> tuple[DeviceInfo, ...]:
+    found = [
+        DeviceInfo(
+            name=device["name"],
+            kind=device["kind"],
+            description=device["description"],
+            memory_mb=device["memory_total"] // _MIB,
+            memory_free_mb=device["memory_free"] // _MIB,
+        )
+        for device in _engine.devices()
+    ]
+    # What computes by default comes first: a GPU where there is one.
+    return tuple(sorted(found, key=lambda device: device.kind not in ("gpu", "igpu")))
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A loaded model with the shape it runs in."""
+
+    loaded: LoadedModel
+    shape: dict[str, Any]
+    options: EngineOptions
+
+
+class _Stream:
+    """Events of one command on their way to the coroutine that waits for them."""
+
+    __slots__ = ("ended", "events", "running", "to_load", "waiter")
+
+    def __init__(self, to_load: tuple[ModelFile, EngineOptions] | None = None) -> None:
+        self.events: deque[tuple[Any, ...]] = deque()
+        self.waiter: asyncio.Future[None] | None = None
+        self.ended = False
+        self.to_load = to_load
+        # The model that served the command, as it was when the last event came.
+        self.running: _Running | None = None
+
+    def put(self, event: tuple[Any, ...]) -> None:
+        self.events.append(event)
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    async def get(self) -> tuple[Any, ...]:
+        while not self.events:
+            self.waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self.waiter
+            finally:
+                self.waiter = None
+        return self.events.popleft()
+
+
+class NativeBackend(InferenceBackend):
+    """llama.cpp in this process. A crash of the engine is a crash of the process.
+
+    Args:
+        queue_capacity: Most commands that wait in the engine; beyond it ``EngineBusy`` is raised.
+    """
+
+    def __init__(self, queue_capacity: int = 1024) -> None:
+        self._engine = _engine.Engine(queue_capacity)
+        self._streams: dict[int, _Stream] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._running: _Running | None = None
+        self._closed = False
+        self._process = psutil.Process()
+        self._process.cpu_percent(None)
+        self._cpu_count = psutil.cpu_count() or 1
+        self._build_line = engine_build_line()
+        self._device_list = _devices()
+
+    @property
+    def name(self) -> str:
+        """``native``."""
+        return "native"
+
+    @property
+    def loaded(self) -> LoadedModel | None:
+        """The model that is ready, if any."""
+        return self._running.loaded if self._running is not None else None
+
+    # Commands.
+
+    async def load(
+        self,
+        model: ModelFile,
+        options: EngineOptions,
+        progress: Callable[[float], None] | None = None,
+    ) -> LoadedModel:
+        """Load a model in place of the one held before; see ``InferenceBackend.load``."""
+        threads = options.threads or compute_threads()
+        self._running = None
+        stream, command = self._submit(
+            lambda: self._engine.load(
+                os.fsencode(model.path),
+                n_ctx=options.n_ctx,
+                n_batch=options.n_batch,
+                n_ubatch=options.n_ubatch,
+                n_slots=options.n_slots,
+                n_threads=threads,
+                n_threads_batch=options.threads_batch or threads,
+                n_gpu_layers=options.gpu_layers,
+                flash_attention=_FLASH_ATTENTION[options.flash_attention],
+                kv_type=options.kv_type,
+                use_mmap=options.use_mmap,
+            ),
+            to_load=(model, options),
+        )
+        try:
+            while True:
+                event = await stream.get()
+                if event[0] == _engine.LOAD_PROGRESS:
+                    if progress is not None:
+                        progress(event[2])
+                elif event[0] == _engine.LOADED:
+                    break
+                else:
+                    raise _error(event[2], event[3])
+        finally:
+            self._release(command, stream)
+        if stream.running is None:
+            raise EngineError("another load or unload overtook this one")
+        return stream.running.loaded
+
+    async def unload(self) -> None:
+        """Drop the model and give its memory back."""
+        if self._running is None:
+            return
+        self._running = None
+        stream, command = self._submit(self._engine.unload)
+        try:
+            event = await stream.get()
+            if event[0] == _engine.FAILED:
+                raise _error(event[2], event[3])
+        finally:
+            self._release(command, stream)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerationEvent, None]:
+        """Generate; see ``InferenceBackend.generate``."""
+        seed = _seed(request)
+        stream, command = self._submit(lambda: self._submit_generate(request, seed))
+        text: list[str] = []
+        tokens: list[int] = []
+        try:
+            while True:
+                event = await stream.get()
+                kind = event[0]
+                if kind == _engine.TOKEN:
+                    text.append(event[2])
+                    tokens.append(event[3])
+                    yield TokenEvent(event[2], (event[3],), event[4])
+                elif kind == _engine.PROMPT_PROGRESS:
+                    yield PromptProgress(event[2], event[3])
+                elif kind == _engine.FINISHED:
+                    if event[2]:
+                        # What was kept back as a possible stop sequence is text after all.
+                        text.append(event[2])
+                        yield TokenEvent(event[2], (), event[5])
+                    yield self._completion(
+                        event, stream.running, "".join(text), tuple(tokens), request, seed
+                    )
+                    return
+                else:
+                    details = {"prompt_tokens": event[4], "completion_tokens": event[5]}
+                    raise _error(event[2], event[3], details)
+        finally:
+            self._release(command, stream)
+
+    async def close(self) -> None:
+        """End all work, join the engine's thread and free everything.
+
+        The order matters: the engine stops, what was pending ends in its last events, those are
+        handed on, and only then is the descriptor given back to the loop.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._running = None
+        # Joining waits for what is being computed; not on the loop's thread.
+        await asyncio.shield(asyncio.to_thread(self._engine.close))
+        self._on_ready()
+        if self._loop is not None:
+            self._loop.remove_reader(self._engine.fileno())
+
+    # Figures.
+
+    def resource_usage(self) -> ResourceUsage:
+        """What this process uses now."""
+        with self._process.oneshot():
+            cpu = self._process.cpu_percent(None) / self._cpu_count
+            memory = self._process.memory_info().rss
+        busy = any(not stream.ended for stream in self._streams.values())
+        return ResourceUsage(
+            cpu_percent=round(min(100.0, cpu), 1),
+            memory_mb=memory // _MIB,
+            gpu_percent=None,
+            gpu_memory_mb=None,
+            active_threads=self._running.shape["n_threads"] if self._running and busy else 0,
+        )
+
+    def capabilities(self) -> Capabilities:
+        """What the build and the machine can do."""
+        first = self._device_list[0]
+        gpu = first.kind in ("gpu", "igpu")
+        return Capabilities(
+            backend=_backend_of(first.name),
+            devices=self._device_list,
+            engine_build=self._build_line,
+            vram_mb=first.memory_mb if gpu else None,
+            build_info=_engine.build_info(),
+        )
+
+    # Between the engine and the loop.
+
+    def _submit(
+        self,
+        send: Callable[[], int],
+        to_load: tuple[ModelFile, EngineOptions] | None = None,
+    ) -> tuple[_Stream, int]:
+        if self._closed:
+            raise EngineClosed("the backend is closed")
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+            loop.add_reader(self._engine.fileno(), self._on_ready)
+        elif self._loop is not loop:
+            raise EngineError("a backend belongs to the event loop that used it first")
+        try:
+            command = send()
+        except _engine.EngineFault as fault:
+            raise _error(*fault.args) from None
+        stream = _Stream(to_load)
+        self._streams[command] = stream
+        return stream, command
+
+    def _submit_generate(self, request: GenerateRequest, seed: int) -> int:
+        deadline = request.deadline
+        return self._engine.generate(
+            request.prompt.encode("utf-8", "replace"),
+            system_prompt=None
+            if request.system_prompt is None
+            else request.system_prompt.encode("utf-8", "replace"),
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            min_p=request.min_p,
+            repetition_penalty=request.repetition_penalty,
+            seed=seed,
+            stop=tuple(text.encode("utf-8", "replace") for text in request.stop if text),
+            ignore_eos=request.ignore_eos,
+            deterministic=request.deterministic,
+            grammar=(request.grammar or "").encode("utf-8", "replace"),
+            json_schema=(request.json_schema or "").encode("utf-8", "replace"),
+            # time.monotonic() and the engine's steady clock are one clock.
+            deadline_ns=0 if deadline is None else max(1, int(deadline * 1e9)),
+        )
+
+    def _release(self, command: int, stream: _Stream) -> None:
+        self._streams.pop(command, None)
+        if not stream.ended and not self._closed:
+            self._engine.cancel(command)
+
+    def _on_ready(self) -> None:
+        for event in self._engine.drain():
+            stream = self._streams.get(event[1])
+            # A command that nobody waits for any more was cancelled; its last events are moot.
+            if stream is None:
+                continue
+            if event[0] in _LAST_EVENTS:
+                stream.ended = True
+                if event[0] == _engine.LOADED and stream.to_load is not None:
+                    self._running = self._describe(*stream.to_load, event[2])
+                stream.running = self._running
+            stream.put(event)
+        for level, text in _engine.drain_log():
+            log.log(_LOG_LEVELS.get(level, logging.DEBUG), "%s", text)
+
+    def _describe(
+        self, model: ModelFile, options: EngineOptions, times: tuple[int, ...]
+    ) -> _Running | None:
+        shape = self._engine.model()
+        if shape is None:
+            # A later load has already begun; it will say what runs.
+            return None
+        submitted, ready = times[0], times[1]
+        loaded = LoadedModel(
+            file=model,
+            description=shape["description"],
+            n_ctx=shape["n_ctx"],
+            n_ctx_train=shape["n_ctx_train"],
+            n_params=shape["n_params"],
+            load_ms=(ready - submitted) / 1e6,
+            device=shape["device"],
+            threads=shape["n_threads"],
+            has_chat_template=shape["has_chat_template"],
+            metadata=shape["metadata"],
+        )
+        return _Running(loaded, shape, options)
+
+    def _completion(
+        self,
+        event: tuple[Any, ...],
+        running: _Running | None,
+        text: str,
+        tokens: tuple[int, ...],
+        request: GenerateRequest,
+        seed: int,
+    ) -> Completion:
+        _, _, _, reason, n_prompt, n_tokens, n_reused, n_neighbours, times = event
+        if running is None:
+            raise EngineClosed("the model was unloaded while its last events were on the way")
+        shape = running.shape
+        fingerprint = Fingerprint(
+            model_sha256=running.loaded.file.sha256,
+            engine_build=self._build_line,
+            backend=_backend_of(running.loaded.device),
+            device=running.loaded.device,
+            threads=shape["n_threads"],
+            n_ctx=shape["n_ctx"],
+            n_batch=shape["n_batch"],
+            n_ubatch=shape["n_ubatch"],
+            kv_type=running.options.kv_type,
+            flash_attention=running.options.flash_attention,
+            seed=seed,
+            deterministic=request.deterministic,
+            prefix_reused=n_reused,
+            batched_with=n_neighbours,
+            output_tokens_sha256=tokens_sha256(tokens),
+        )
+        return Completion(
+            text=text,
+            token_ids=tokens,
+            finish_reason=FinishReason.STOP if reason == _engine.STOP_STOP else FinishReason.LENGTH,
+            usage=Usage(
+                prompt_tokens=n_prompt,
+                completion_tokens=n_tokens,
+                total_tokens=n_prompt + n_tokens,
+            ),
+            timings=timings_of(times, n_prompt - n_reused, n_tokens),
+            fingerprint=fingerprint,
+        )
+
+
+_LAST_EVENTS = frozenset({_engine.LOADED, _engine.UNLOADED, _engine.FINISHED, _engine.FAILED})
+
+
+def _backend_of(device: str) -> str:
+    """Name of the backend that a device such as ``CUDA0`` belongs to."""
+    for prefix, name in _BACKEND_NAMES.items():
+        if device.startswith(prefix):
+            return name
+    return "cpu"
+
+
+def _seed(request: GenerateRequest) -> int:
+    if request.temperature <= 0.0:
+        return 0
+    seed = secrets.randbits(32) if request.seed is None else request.seed
+    # The sampler takes 32 bits; the upper half of a longer seed counts too.
+    seed = (seed ^ (seed >> 32)) & 0xFFFFFFFF
+    return seed if seed != _RESERVED_SEED else _RESERVED_SEED - 1
+
+
+def tokens_sha256(tokens: tuple[int, ...]) -> str:
+    """Hash of token ids: sha256 over them as little-endian 32-bit integers."""
+    ids = array("i", tokens)
+    if sys.byteorder == "big":
+        ids.byteswap()
+    return hashlib.sha256(ids.tobytes()).hexdigest()
+
+
+def timings_of(times: tuple[int, ...], n_prompt: int, n_tokens: int) -> Timings:
+    """Turn the engine's time stamps into spans.
+
+    Args:
+        times: Nanoseconds: submitted, model ready, admitted, prompt done, first token sampled,
+            last token sampled, finished.
+        n_prompt: Prompt tokens that were computed.
+        n_tokens: Tokens sampled.
+    """
+    submitted, ready, admitted, prompt_done, first, last, finished = times
+    prompt_ns, decode_ns = prompt_done - admitted, last - first
+    return Timings(
+        queue_ms=(admitted - ready) / 1e6,
+        load_ms=(ready - submitted) / 1e6,
+        prompt_ms=prompt_ns / 1e6,
+        first_sample_ms=(first - prompt_done) / 1e6,
+        time_to_first_token_ms=(first - submitted) / 1e6 if first else None,
+        total_ms=(finished - submitted) / 1e6,
+        prompt_tokens_per_second=n_prompt / prompt_ns * 1e9 if n_prompt and prompt_ns > 0 else None,
+        decode_tokens_per_second=(n_tokens - 1) / decode_ns * 1e9
+        if n_tokens > 1 and decode_ns > 0
+        else None,
+    )
