@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import TypeVar
 
 import psutil
 from pydantic import BaseModel, ConfigDict
 
+from ai4all.backend.cores import cgroup_memory_limit_mb, usable_cores
 from ai4all.types.model import DeviceInfo
 
-__all__ = ["Device", "HardwareInfo", "cgroup_cpu_limit", "cgroup_memory_limit_mb", "usable_cores"]
+__all__ = ["Device", "HardwareInfo"]
 
 _T = TypeVar("_T")
 
@@ -107,73 +104,6 @@ class HardwareInfo(BaseModel):
                 for device in devices
             ],
         )
-
-
-def usable_cores() -> float | None:
-    """Hardware threads this process may use, a fraction where a quota says so; None if unknown."""
-    if hasattr(os, "sched_getaffinity"):
-        cores: float | None = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count()
-    limit = cgroup_cpu_limit()
-    if cores is None or limit is None:
-        return cores
-    return min(cores, limit)
-
-
-def cgroup_cpu_limit(
-    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
-) -> float | None:
-    """The tightest CPU quota over this process, in hardware threads; None without one."""
-    limits = []
-    for folder in _cgroup_folders(root, membership, "cpu"):
-        quota, period = "max", "100000"
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = (folder / "cpu.max").read_text().split()
-        with contextlib.suppress(OSError):
-            quota = (folder / "cpu.cfs_quota_us").read_text().strip()
-            period = (folder / "cpu.cfs_period_us").read_text().strip()
-        with contextlib.suppress(ValueError, ZeroDivisionError):
-            limit = int(quota) / int(period)
-            # Version 1 writes -1 for "no quota"; version 2 writes "max", which is no number.
-            if limit > 0 and math.isfinite(limit):
-                limits.append(limit)
-    return min(limits, default=None)
-
-
-def cgroup_memory_limit_mb(
-    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
-) -> int | None:
-    """The tightest memory limit over this process, in MiB; None without one."""
-    limits = []
-    for folder in _cgroup_folders(root, membership, "memory"):
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            with contextlib.suppress(OSError, ValueError):
-                limits.append(int((folder / name).read_text()) // _MIB)
-    return min(limits, default=None)
-
-
-def _cgroup_folders(root: Path, membership: Path, controller: str) -> Iterator[Path]:
-    """Yield the folders, innermost first, whose limits bind this process."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        hierarchy, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if hierarchy == "0" and not controllers:
-            base = root
-        elif controller in controllers.split(","):
-            base = root / controller
-        else:
-            continue
-        folder = base / path.lstrip("/")
-        yield folder
-        for parent in folder.parents:
-            if not parent.is_relative_to(base):
-                break
-            yield parent
 
 
 def _cpu_model() -> str | None:

@@ -43,12 +43,7 @@ def version_line() -> str:
         build = registry.build_info()
     except EngineUnavailable as error:
         return f"ai4all-native {__version__} (no engine: {error})"
-    parts = ", ".join(f"{name} {_plain(value)}" for name, value in build.items() if value)
-    return f"ai4all-native {__version__} (engine: {parts})"
-
-
-def _plain(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return f"ai4all-native {__version__} (engine: {build['engine_build']})"
 
 
 def print_json(value: Any) -> None:

@@ -1,18 +1,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import psutil
 import pytest
 
 from ai4all.benchmark import hardware
-from ai4all.benchmark.hardware import (
-    HardwareInfo,
-    cgroup_cpu_limit,
-    cgroup_memory_limit_mb,
-    usable_cores,
-)
+from ai4all.benchmark.hardware import HardwareInfo
 from ai4all.types.model import DeviceInfo
 
 
@@ -42,46 +36,3 @@ def test_a_machine_that_tells_nothing_gives_empty_fields(monkeypatch: pytest.Mon
     assert info.memory_total_mb is None
     assert info.logical_cores is None
     assert info.cpu_features == []
-
-
-def write(folder: Path, **files: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / name.replace("__", ".")).write_text(text)
-
-
-def test_cgroup_version_2_takes_the_tightest_on_the_way_up(tmp_path: Path) -> None:
-    root, membership = tmp_path / "cgroup", tmp_path / "membership"
-    membership.write_text("0::/system/app\n")
-    write(root, cpu__max="max 100000")
-    write(root / "system", cpu__max="150000 100000", memory__max=str(512 << 20))
-    write(root / "system" / "app", cpu__max="max 100000", memory__max="max")
-    assert cgroup_cpu_limit(root, membership) == 1.5
-    assert cgroup_memory_limit_mb(root, membership) == 512
-
-
-def test_cgroup_version_1(tmp_path: Path) -> None:
-    root, membership = tmp_path / "cgroup", tmp_path / "membership"
-    membership.write_text("4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n1:name=systemd:/x\n")
-    write(root / "cpu", cpu__cfs_quota_us="-1", cpu__cfs_period_us="100000")
-    write(root / "cpu" / "docker" / "abc", cpu__cfs_quota_us="50000", cpu__cfs_period_us="100000")
-    write(root / "memory" / "docker" / "abc", memory__limit_in_bytes=str(64 << 20))
-    assert cgroup_cpu_limit(root, membership) == 0.5
-    assert cgroup_memory_limit_mb(root, membership) == 64
-
-
-@pytest.mark.parametrize("quota", ["max 100000", "rubbish", "", "100000 0"])
-def test_no_usable_quota_is_no_limit(tmp_path: Path, quota: str) -> None:
-    (tmp_path / "membership").write_text("0::/\n")
-    write(tmp_path / "cgroup", cpu__max=quota)
-    assert cgroup_cpu_limit(tmp_path / "cgroup", tmp_path / "membership") is None
-
-
-def test_without_cgroups_there_is_no_limit(tmp_path: Path) -> None:
-    assert cgroup_cpu_limit(tmp_path, tmp_path / "absent") is None
-    assert cgroup_memory_limit_mb(tmp_path, tmp_path / "absent") is None
-
-
-def test_a_quota_lowers_the_usable_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "cgroup_cpu_limit", lambda: 0.25)
-    assert usable_cores() == 0.25

@@ -1,0 +1,104 @@
+"""What a demonstration shows while it runs, and the table at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.table import Table
+
+from ai4all.types.task import TaskResult, TextCompletionOutput
+from ai4all.worker_events import (
+    BlockAcknowledged,
+    BlockFinished,
+    BlockStarted,
+    BlockText,
+    LinkDown,
+    LinkUp,
+    WorkerEvent,
+)
+
+__all__ = ["DemoScreen"]
+
+
+@dataclass(slots=True)
+class DemoScreen:
+    """Shows a worker's events as they come.
+
+    Attributes:
+        console: Where to.
+        prompts: The prompt of each block, by id.
+        finished: Results so far, by block id, in the order in which they came.
+        accepted: What the coordinator said to each.
+    """
+
+    console: Console
+    prompts: Mapping[str, str]
+    finished: dict[str, TaskResult] = field(default_factory=dict)
+    accepted: dict[str, bool] = field(default_factory=dict)
+
+    def show(self, event: WorkerEvent) -> None:
+        """Take one event of the worker."""
+        match event:
+            case LinkUp(session_id):
+                self._say(f"registered with the coordinator, session {session_id}")
+            case LinkDown(reason):
+                self._say(f"link down: {reason}")
+            case BlockStarted(block_id, task_type, model_id):
+                self._say(f"\n{block_id}: {task_type} with model {model_id}", style="bold")
+                self._say(self.prompts.get(block_id, ""), style="dim")
+            case BlockText(_, text):
+                # A model's text is shown as it is: brackets in it are no markup.
+                self.console.print(text, end="", markup=False, soft_wrap=True)
+            case BlockFinished(block_id, result):
+                self.finished[block_id] = result
+                self._say("")
+                self._say(_figures(result), style="green" if result.success else "red")
+            case BlockAcknowledged(block_id, accepted, error):
+                self.accepted[block_id] = accepted
+                if not accepted:
+                    self._say(f"{block_id} was refused: {error}", style="red")
+
+    def print_table(self) -> None:
+        """Print one row for each block."""
+        table = Table(title="Blocks")
+        table.add_column("block")
+        table.add_column("accepted")
+        for heading in ("tokens", "queue", "load", "prompt", "first token", "total", "speed"):
+            table.add_column(heading, justify="right")
+        for block_id, result in self.finished.items():
+            metrics = result.metrics
+            speed = metrics.tokens_per_second
+            table.add_row(
+                block_id,
+                "yes" if self.accepted.get(block_id) else "no",
+                "-" if metrics.tokens_processed is None else str(metrics.tokens_processed),
+                _ms(metrics.queue_time_ms),
+                _ms(metrics.load_time_ms),
+                _ms(metrics.prompt_time_ms),
+                _ms(metrics.time_to_first_token_ms),
+                _ms(metrics.total_time_ms),
+                "-" if speed is None else f"{speed:.1f} tok/s",
+            )
+        self.console.print(table)
+
+    def _say(self, line: str, style: str | None = None) -> None:
+        self.console.print(line, style=style, markup=False, soft_wrap=True)
+
+
+def _figures(result: TaskResult) -> str:
+    if result.error is not None:
+        return f"failed: {result.error.code.value}: {result.error.message}"
+    parts = []
+    if isinstance(result.output, TextCompletionOutput):
+        parts.append(f"{result.output.usage.completion_tokens} tokens")
+    if result.metrics.time_to_first_token_ms is not None:
+        parts.append(f"first token after {result.metrics.time_to_first_token_ms:.1f} ms")
+    if result.metrics.tokens_per_second is not None:
+        parts.append(f"{result.metrics.tokens_per_second:.1f} tok/s")
+    return ", ".join(parts)
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} ms"
