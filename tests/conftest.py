@@ -32,5 +32,5 @@ def reference_model(pytestconfig: pytest.Config) -> Path:
             fetching = fetch(
                 BENCHMARK_SOURCE, final.with_suffix(".partial"), expected_sha256=BENCHMARK_SHA256
             )
-            pool.submit(asyncio.run, fetching).result().rename(final)
+            pool.submit(asyncio.run, fetching).result().path.rename(final)
     return final

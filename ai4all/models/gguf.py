@@ -203,8 +203,6 @@ def read_header(path: Path | str, *, arrays: bool = False) -> GGUFHeader:
             raise InvalidModelFile(path, "is not a regular file")
         return _Reader(path, descriptor, status.st_size, arrays).read()
     except OSError as error:
-        if isinstance(error, InvalidModelFile):
-            raise
         raise InvalidModelFile(path, _reason(error)) from error
     finally:
         os.close(descriptor)
