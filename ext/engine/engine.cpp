@@ -233,7 +233,7 @@ void engine::impl::drop_ended_slots() {
 }
 
 void engine::impl::admit() {
-    while (!backlog.empty()) {
+    while (!backlog.empty() && !stopping) {
         const bool idle = !any_active();
         if (backlog.front().what != command::verb::generate) {
             // Loads and unloads wait for what runs; what was queued behind them waits for them.
