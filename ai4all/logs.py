@@ -1,0 +1,226 @@
+"""Logs: readable on a terminal, JSON lines in a rotated file, never a secret in either.
+
+structlog shapes the events, the standard library carries them, so what other libraries log takes
+the same way and the same care. Only the command line calls ``configure_logging``; importing this
+module changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any, cast
+
+import structlog
+import ujson
+
+from ai4all.config import Settings
+from ai4all.errors import DataDirectoryError
+
+__all__ = ["configure_logging", "redact"]
+
+REDACTED = "[redacted]"
+LOG_FILE = "ai4all-native.jsonl"
+
+_MAX_DEPTH = 8
+
+# Names of values that are never logged at any level...
+_SECRET_KEY = re.compile(
+    r"(^|[_-])(token|secret|password|passwd|passphrase|api_?key|authorization|cookie|credentials?)$",
+    re.IGNORECASE,
+)
+# ...and of content that belongs to whoever asked for the work. It is not logged at any level
+# either: a log outlives the block.
+_CONTENT_KEYS = frozenset(
+    {
+        "answer", "completion", "content", "context", "input", "inputs", "messages", "output",
+        "prompt", "question", "system_prompt", "text", "texts",
+    }
+)  # fmt: skip
+_BEARER = re.compile(r"\b(bearer|basic)\s+[^\s'\",;]+", re.IGNORECASE)
+_HEADER = re.compile(
+    r"\b((?:proxy-)?authorization|(?:set-)?cookie)(['\"]?\s*[:=]\s*).+", re.IGNORECASE
+)
+_URL_CREDENTIALS = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s@'\"]+@", re.IGNORECASE)
+_QUERY_SECRET = re.compile(
+    r"([?&](?:[\w-]*token|api_?key|signature|sig|secret|password)=)[^&\s'\"]+", re.IGNORECASE
+)
+
+# Loggers of libraries, and the least level of theirs that is of use. At DEBUG websockets writes
+# whole frames and the headers of the handshake, and asyncio the selector it uses.
+_LIBRARIES = {
+    "aiohttp": logging.WARNING,
+    "asyncio": logging.WARNING,
+    "urllib3": logging.WARNING,
+    "websockets": logging.INFO,
+}
+
+_Processor = Callable[[Any, str, MutableMapping[str, Any]], Any]
+
+
+def configure_logging(
+    settings: Settings, *, json_console: bool = False, quiet: bool = False
+) -> None:
+    """Send this process's logs to standard error and, when so set, to the data directory.
+
+    Args:
+        settings: Level, form and file; its token never appears in any line, whatever logs it.
+        json_console: JSON lines on standard error, as with ``log.json``.
+        quiet: On standard error, warnings and worse only.
+
+    Raises:
+        DataDirectoryError: The log file cannot be written.
+    """
+    level = logging.getLevelNamesMapping()[settings.log.level.upper()]
+    secrets = _secrets(settings)
+    shared: list[_Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    handlers: list[logging.Handler] = []
+    as_json = json_console or settings.log.as_json
+    console = logging.StreamHandler(sys.stderr)
+    console.setFormatter(_formatter(shared, secrets, _json if as_json else _console()))
+    console.setLevel(max(level, logging.WARNING) if quiet else level)
+    handlers.append(console)
+    if settings.log.file:
+        file = _file_handler(settings)
+        file.setFormatter(_formatter(shared, secrets, _json))
+        handlers.append(file)
+
+    root = logging.getLogger()
+    for old in root.handlers[:]:
+        root.removeHandler(old)
+        old.close()
+    for handler in handlers:
+        root.addHandler(handler)
+    root.setLevel(level)
+    for name, least in _LIBRARIES.items():
+        logging.getLogger(name).setLevel(max(level, least))
+    logging.captureWarnings(True)
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.PositionalArgumentsFormatter(),
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+
+
+def redact(value: Any, secrets: tuple[str, ...] = (), depth: int = 0) -> Any:
+    """A copy of a logged value without what must not be in a log.
+
+    Args:
+        value: Anything; mappings and sequences are looked through.
+        secrets: Texts that are taken out wherever they stand.
+        depth: How deep inside the event this is; what is too deep is left out whole.
+    """
+    if isinstance(value, str):
+        return _redact_text(value, secrets)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if depth >= _MAX_DEPTH:
+        return "..."
+    if isinstance(value, Mapping):
+        return {
+            str(key): REDACTED if _is_private(str(key)) else redact(inner, secrets, depth + 1)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list | tuple | set | frozenset):
+        return [redact(inner, secrets, depth + 1) for inner in value]
+    return _redact_text(str(value), secrets)
+
+
+def _redact_text(text: str, secrets: tuple[str, ...]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, REDACTED)
+    text = _HEADER.sub(rf"\1\2{REDACTED}", text)
+    text = _BEARER.sub(rf"\1 {REDACTED}", text)
+    text = _URL_CREDENTIALS.sub(rf"\1{REDACTED}@", text)
+    return _QUERY_SECRET.sub(rf"\1{REDACTED}", text)
+
+
+def _is_private(key: str) -> bool:
+    return key.lower() in _CONTENT_KEYS or _SECRET_KEY.search(key) is not None
+
+
+def _secrets(settings: Settings) -> tuple[str, ...]:
+    """The secrets this process knows, so that no way of logging them exists."""
+    token = settings.coordinator.token
+    texts = [token.get_secret_value().strip()] if token is not None else []
+    if settings.coordinator.token_file is not None:
+        try:
+            texts.append(settings.coordinator.token_file.read_text(errors="replace").strip())
+        except OSError:
+            # Whoever needs the token reports that; there is nothing to leak here.
+            pass
+    return tuple(text for text in texts if len(text) >= 4)
+
+
+def _formatter(
+    shared: list[_Processor], secrets: tuple[str, ...], render: _Processor
+) -> logging.Formatter:
+    def without_secrets(
+        logger: Any, name: str, event: MutableMapping[str, Any]
+    ) -> MutableMapping[str, Any]:
+        # After the traceback became text: it may quote anything.
+        kept = {key: event[key] for key in ("_record", "_from_structlog") if key in event}
+        rest = {key: value for key, value in event.items() if key not in kept}
+        return {**redact(rest, secrets), **kept}
+
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared,
+        processors=[
+            structlog.processors.format_exc_info,
+            structlog.processors.StackInfoRenderer(),
+            without_secrets,
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            render,
+        ],
+    )
+
+
+def _json(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
+    return ujson.dumps(event, escape_forward_slashes=False, ensure_ascii=False)
+
+
+def _console() -> _Processor:
+    colors = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    return cast(_Processor, structlog.dev.ConsoleRenderer(colors=colors))
+
+
+class _PrivateRotatingFile(logging.handlers.RotatingFileHandler):
+    """A rotated log file that only its owner can read."""
+
+    def _open(self) -> Any:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(self.baseFilename, flags, 0o600)
+        os.fchmod(descriptor, 0o600)
+        return os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace")
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Say nothing: a full disk must not turn every event into a traceback on the terminal."""
+
+
+def _file_handler(settings: Settings) -> logging.Handler:
+    directory = Path(settings.data_dir) / "logs"
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return _PrivateRotatingFile(
+            directory / LOG_FILE,
+            maxBytes=settings.log.max_file_mb << 20,
+            backupCount=settings.log.backups,
+        )
+    except OSError as error:
+        raise DataDirectoryError(directory, error.strerror or str(error)) from error
