@@ -1,0 +1,767 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ujson
+from structlog.testing import capture_logs
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+
+import ai4all.blocks
+from ai4all.backend.base import EngineOptions, GenerateRequest
+from ai4all.backend.fake import FakeBackend, ScriptedGeneration
+from ai4all.delivery.backoff import Attempts, Backoff
+from ai4all.delivery.spool import MemorySpool
+from ai4all.errors import EngineClosed, EngineCrashed, LoadFailed, ModelNotFound, SpoolError
+from ai4all.protocol.codec import decode_client_message
+from ai4all.protocol.connection import LinkOptions
+from ai4all.protocol.messages import SubmitResult, format_timestamp
+from ai4all.protocol.session import SessionOptions
+from ai4all.types.model import ModelFile
+from ai4all.worker import Worker, WorkerOptions
+from ai4all.worker_events import BlockAcknowledged, BlockText, LinkDown, LinkUp, WorkerEvent
+
+SEED_TYPES = {"Register", "Heartbeat", "RequestWork", "SubmitResult"}
+PROMPT = "a prompt that nobody may log"
+MODELS = {
+    name: ModelFile(name, Path(f"{name}.gguf"), digit * 64, 100)
+    for name, digit in (("tiny", "a"), ("other", "b"))
+}
+
+
+class Models:
+    """A model store that is a dictionary."""
+
+    def get(self, model_id: str) -> ModelFile:
+        if model_id not in MODELS:
+            raise ModelNotFound(model_id)
+        return MODELS[model_id]
+
+    def list(self) -> list[ModelFile]:
+        return list(MODELS.values())
+
+
+def deadline(seconds: float) -> str:
+    return format_timestamp(datetime.now(UTC) + timedelta(seconds=seconds))
+
+
+def assignment(block_id: str = "b-1", *, model_id: str = "tiny", **changes: Any) -> dict[str, Any]:
+    task_input = {"prompt": PROMPT, "max_tokens": 5, **changes.pop("input", {})}
+    return {
+        "type": "Assignment",
+        "block_id": block_id,
+        "task_type": "TEXT_COMPLETION",
+        "input": task_input,
+        "deadline": deadline(600),
+        "model_id": model_id,
+    } | changes
+
+
+@dataclass
+class Coordinator:
+    """Follows the first protocol to the letter, and writes down all that it is told."""
+
+    tasks: deque[dict[str, Any]] = field(default_factory=deque)
+    extensions: list[str] | None = None
+    heartbeat_ms: int = 60_000
+    retry_after_ms: int = 100
+    acknowledge: bool = True
+    refuse: str | None = None
+    frames: list[dict[str, Any]] = field(default_factory=list)
+    raw: list[str] = field(default_factory=list)
+    sockets: list[ServerConnection] = field(default_factory=list)
+    port: int = 0
+
+    async def handle(self, socket: ServerConnection) -> None:
+        self.sockets.append(socket)
+        with contextlib.suppress(ConnectionClosed):
+            async for frame in socket:
+                assert isinstance(frame, str)
+                self.raw.append(frame)
+                self.frames.append(ujson.loads(frame))
+                for answer in self.answers(self.frames[-1]):
+                    await socket.send(ujson.dumps(answer))
+
+    def answers(self, frame: dict[str, Any]) -> list[dict[str, Any]]:
+        match frame["type"]:
+            case "Register":
+                more = {} if self.extensions is None else {"extensions": self.extensions}
+                return [
+                    {
+                        "type": "Registered",
+                        "session_id": "s-1",
+                        "heartbeat_interval_ms": self.heartbeat_ms,
+                        **more,
+                    }
+                ]
+            case "RequestWork" if self.tasks:
+                return [self.tasks.popleft()]
+            case "RequestWork":
+                return [{"type": "NoWork", "retry_after_ms": self.retry_after_ms}]
+            case "SubmitResult" if self.acknowledge:
+                return [
+                    {
+                        "type": "ResultAck",
+                        "block_id": frame["block_id"],
+                        "accepted": self.refuse is None,
+                        "error": self.refuse,
+                    }
+                ]
+        return []
+
+    async def say(self, **frame: Any) -> None:
+        await self.sockets[-1].send(ujson.dumps(frame))
+
+    def of_type(self, kind: str) -> list[dict[str, Any]]:
+        return [frame for frame in self.frames if frame["type"] == kind]
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        return {frame["block_id"]: frame["result"] for frame in self.of_type("SubmitResult")}
+
+    def raw_results(self) -> list[str]:
+        return [raw for raw in self.raw if ujson.loads(raw)["type"] == "SubmitResult"]
+
+
+@contextlib.asynccontextmanager
+async def serving(coordinator: Coordinator, port: int = 0) -> AsyncIterator[None]:
+    async with serve(coordinator.handle, "127.0.0.1", port) as server:
+        coordinator.port = next(iter(server.sockets)).getsockname()[1]
+        yield
+
+
+@dataclass
+class Running:
+    """A worker at work."""
+
+    worker: Worker
+    task: asyncio.Task[None]
+    events: list[WorkerEvent]
+    backend: FakeBackend
+    spool: MemorySpool
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        for _ in itertools.count():
+            if condition():
+                return
+            if self.task.done():
+                self.task.result()
+                raise AssertionError("the worker ended too early")
+            await asyncio.sleep(0.002)
+
+    async def finished(self) -> None:
+        await asyncio.wait_for(asyncio.shield(self.task), 20)
+
+
+@contextlib.asynccontextmanager
+async def working(
+    coordinator: Coordinator,
+    backend: FakeBackend | None = None,
+    spool: MemorySpool | None = None,
+    *,
+    session: dict[str, Any] | None = None,
+    max_size: int = 1024 * 1024,
+    **options: Any,
+) -> AsyncIterator[Running]:
+    backend = backend or FakeBackend()
+    spool = spool or MemorySpool()
+    events: list[WorkerEvent] = []
+    worker = Worker(
+        backend,
+        Models(),
+        spool,
+        LinkOptions(url=f"ws://127.0.0.1:{coordinator.port}", max_size=max_size),
+        Attempts(Backoff(1, jitter=0.0), min_session_s=0.0),
+        WorkerOptions(
+            worker_id="w-1",
+            benchmark_score=0.5,
+            engine=EngineOptions(n_slots=options.get("max_concurrent_tasks", 1)),
+            session=SessionOptions(**(session or {})),
+            **options,
+        ),
+        events.append,
+    )
+    running = Running(worker, asyncio.create_task(worker.run()), events, backend, spool)
+    try:
+        yield running
+    finally:
+        worker.stop()
+        worker.stop()
+        await asyncio.wait({running.task}, timeout=20)
+        await backend.close()
+        if not running.task.cancelled():
+            running.task.result()
+
+
+def tokens(*texts: str, **script: Any) -> ScriptedGeneration:
+    return ScriptedGeneration(tokens=texts, **script)
+
+
+async def test_a_block_from_assignment_to_acknowledgement() -> None:
+    script = tokens(" Good", " day", queue_ms=1.0, prompt_ms=20.0, token_ms=2.0)
+    coordinator = Coordinator(deque([assignment()]))
+    backend = FakeBackend(script, load_ms=7.0, time_scale=0.0)
+    async with serving(coordinator), working(coordinator, backend) as running:
+        await running.until(lambda: BlockAcknowledged("b-1", True, None) in running.events)
+        await running.until(lambda: not running.spool.pending())
+    result = coordinator.results()["b-1"]
+    assert result["success"] is True
+    assert result["error"] is None
+    assert result["output"] == {
+        "task_type": "TEXT_COMPLETION",
+        "text": " Good day",
+        "finish_reason": "stop",
+        "usage": {"prompt_tokens": 6, "completion_tokens": 2, "total_tokens": 8},
+        "generation_time_ms": 24,
+    }
+    assert result["metrics"] == {
+        "queue_time_ms": 1.0,
+        "execution_time_ms": 24.0,
+        "total_time_ms": 32.0,
+        "load_time_ms": 7.0,
+        "prompt_time_ms": 20.0,
+        "time_to_first_token_ms": 23.0,
+        "tokens_processed": 8,
+        "tokens_per_second": 500.0,
+        "peak_memory_mb": 256,
+    }
+    assert result["fingerprint"]["model_sha256"] == "a" * 64
+    assert {frame["type"] for frame in coordinator.frames} <= SEED_TYPES
+    kinds = [event for event in running.events if isinstance(event, LinkUp | BlockText)]
+    assert kinds == [LinkUp("s-1"), BlockText("b-1", " Good"), BlockText("b-1", " day")]
+    for raw in coordinator.raw_results():
+        assert isinstance(decode_client_message(raw), SubmitResult)
+
+
+async def test_what_it_says_of_itself() -> None:
+    coordinator = Coordinator()
+    async with serving(coordinator), working(coordinator, max_concurrent_tasks=3) as running:
+        await running.until(lambda: len(coordinator.of_type("RequestWork")) >= 3)
+    register = coordinator.frames[0]
+    assert register["type"] == "Register"
+    assert register["benchmark_score"] == 0.5
+    capabilities = register["capabilities"]
+    assert capabilities["supported_tasks"] == ["TEXT_COMPLETION"]
+    assert capabilities["supports_training"] is False
+    assert capabilities["compute_score"] == 0.5
+    assert capabilities["max_concurrent_tasks"] == 3
+    assert capabilities["memory_mb"] > 0
+    assert [model["model_id"] for model in capabilities["models"]] == ["tiny", "other"]
+
+
+async def test_a_result_is_kept_before_it_is_sent() -> None:
+    order: list[str] = []
+
+    class Watched(MemorySpool):
+        async def commit(self, block_id: str, payload: bytes) -> None:
+            await asyncio.sleep(0.05)
+            assert not coordinator.of_type("SubmitResult")
+            await super().commit(block_id, payload)
+            order.append("committed")
+
+        async def forget(self, block_id: str) -> None:
+            assert coordinator.of_type("SubmitResult")
+            await super().forget(block_id)
+            order.append("forgotten")
+
+    coordinator = Coordinator(deque([assignment()]))
+    async with serving(coordinator), working(coordinator, spool=Watched()) as running:
+        await running.until(lambda: "forgotten" in order)
+    assert order == ["committed", "forgotten"]
+
+
+async def test_a_refused_result_is_forgotten_too() -> None:
+    coordinator = Coordinator(deque([assignment()]), refuse="too late")
+    async with serving(coordinator), working(coordinator) as running:
+        await running.until(lambda: BlockAcknowledged("b-1", False, "too late") in running.events)
+        await running.until(lambda: not running.spool.pending())
+
+
+async def test_heartbeats_tell_the_truth_while_the_engine_works() -> None:
+    script = ScriptedGeneration(prompt_ms=100.0, prompt_chunks=3, token_ms=40.0)
+    coordinator = Coordinator(deque([assignment(input={"max_tokens": 20})]), heartbeat_ms=100)
+    async with serving(coordinator), working(coordinator, FakeBackend(script)) as running:
+        await running.until(lambda: bool(coordinator.results()))
+        before = len(coordinator.of_type("Heartbeat"))
+        await running.until(lambda: len(coordinator.of_type("Heartbeat")) > before)
+    statuses = [frame["status"] for frame in coordinator.of_type("Heartbeat")]
+    shares = [s["Working"]["progress"] for s in statuses if isinstance(s, dict)]
+    assert len(shares) >= 3
+    assert shares == sorted(shares)
+    assert shares[0] < shares[-1] <= 1.0
+    assert statuses[-1] == "Idle"
+    assert coordinator.of_type("Heartbeat")[0]["resource_usage"]["memory_mb"] == 256
+
+
+UNFIT = [
+    ({"model_id": "mixtral"}, "model_not_found", "mixtral"),
+    ({"task_type": "WEB_CRAWL"}, "unsupported_task", "WEB_CRAWL"),
+    ({"task_type": "EMBEDDINGS", "input": {"texts": ["x"]}}, "unsupported_task", "EMBEDDINGS"),
+    ({"task_type": "PAINTING"}, "unsupported_task", "task type"),
+    ({"input": {"prompt": 7}}, "bad_request", "input.prompt: "),
+    ({"input": {"max_tokens": 0}}, "bad_request", "input.max_tokens: "),
+    ({"input": {"temperature": -1}}, "bad_request", "input.temperature: "),
+    ({"input": {"logprobs": 3}}, "bad_request", "input.logprobs: "),
+    ({"deadline": "tomorrow"}, "bad_request", "Assignment.deadline: "),
+    ({"deadline": deadline(-1)}, "deadline_exceeded", "deadline"),
+]
+
+
+@pytest.mark.parametrize("declines", [False, True])
+async def test_unfit_assignments_are_answered_and_the_work_goes_on(declines: bool) -> None:
+    tasks = [assignment(f"b-{i}", **change) for i, (change, _, _) in enumerate(UNFIT)]
+    tasks.append(assignment("good"))
+    coordinator = Coordinator(deque(tasks), extensions=["decline"] if declines else None)
+    async with serving(coordinator), working(coordinator) as running:
+        await running.until(lambda: "good" in coordinator.results())
+    if declines:
+        errors = {frame["block_id"]: frame["error"] for frame in coordinator.of_type("Decline")}
+        assert set(coordinator.results()) == {"good"}
+    else:
+        results = coordinator.results()
+        assert results.pop("good")["success"] is True
+        assert not any(result["success"] or result["output"] for result in results.values())
+        errors = {block_id: result["error"] for block_id, result in results.items()}
+        assert {frame["type"] for frame in coordinator.frames} <= SEED_TYPES
+    for i, (_, code, text) in enumerate(UNFIT):
+        error = errors[f"b-{i}"]
+        assert (error["code"], text in error["message"]) == (code, True), error
+    assert running.backend.calls.generations == 1
+
+
+async def test_what_only_the_engine_can_see_is_answered_too() -> None:
+    long = assignment("long", input={"prompt": "word " * 99})
+    coordinator = Coordinator(deque([long, assignment("good")]), extensions=["decline"])
+    async with serving(coordinator), working(coordinator, FakeBackend(n_ctx=50)) as running:
+        await running.until(lambda: "good" in coordinator.results())
+    assert coordinator.results()["long"]["error"]["code"] == "context_overflow"
+    assert coordinator.results()["good"]["success"]
+
+
+async def test_the_deadline_ends_a_generation() -> None:
+    script = ScriptedGeneration(token_ms=40.0)
+    late = assignment("late", deadline=deadline(0.2), input={"max_tokens": 1000})
+    coordinator = Coordinator(deque([late, assignment("good")]))
+    async with serving(coordinator), working(coordinator, FakeBackend(script)) as running:
+        await running.until(lambda: "good" in coordinator.results())
+    result = coordinator.results()["late"]
+    assert result["error"]["code"] == "deadline_exceeded"
+    assert result["error"]["retryable"] is True
+    assert 0 < result["error"]["details"]["completion_tokens"] < 1000
+    metrics = result["metrics"]
+    assert set(metrics) == {"queue_time_ms", "execution_time_ms", "total_time_ms"}
+    assert metrics["total_time_ms"] == pytest.approx(
+        metrics["queue_time_ms"] + metrics["execution_time_ms"]
+    )
+
+
+async def test_an_engine_that_ignores_the_deadline_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ai4all.blocks, "_HANG_SLACK_S", 0.05)
+    scripts = [ScriptedGeneration(hang_at=1), ScriptedGeneration()]
+    hung = assignment("hung", deadline=deadline(0.1))
+    coordinator = Coordinator(deque([hung, assignment("good")]))
+    async with serving(coordinator), working(coordinator, FakeBackend(scripts)) as running:
+        await running.until(lambda: "good" in coordinator.results())
+    assert coordinator.results()["hung"]["error"]["code"] == "engine_hung"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (EngineCrashed("abort in the engine"), "engine_crashed"),
+        (EngineClosed("closed"), "engine_crashed"),
+        (LoadFailed("bad file"), "load_failed"),
+    ],
+)
+async def test_engine_faults_are_answered_and_the_work_goes_on(error: Any, code: str) -> None:
+    scripts = [ScriptedGeneration(error=error, error_at=2), ScriptedGeneration()]
+    coordinator = Coordinator(deque([assignment("bad"), assignment("good")]))
+    async with serving(coordinator), working(coordinator, FakeBackend(scripts)) as running:
+        await running.until(lambda: "good" in coordinator.results())
+    assert coordinator.results()["bad"]["error"]["code"] == code
+    assert coordinator.results()["good"]["success"]
+
+
+async def test_a_bug_costs_one_block_and_shows_no_prompt() -> None:
+    def script(request: GenerateRequest, number: int) -> ScriptedGeneration:
+        if request.max_tokens == 1:
+            raise ZeroDivisionError(f"in {request.prompt}")
+        return ScriptedGeneration()
+
+    bad = assignment("bad", input={"max_tokens": 1})
+    coordinator = Coordinator(deque([bad, assignment("good")]))
+    with capture_logs() as logs:
+        async with serving(coordinator), working(coordinator, FakeBackend(script)) as running:
+            await running.until(lambda: "good" in coordinator.results())
+    assert coordinator.results()["good"]["success"]
+    error = coordinator.results()["bad"]["error"]
+    assert error["code"] == "engine_crashed"
+    assert "ZeroDivisionError" in error["message"]
+    (entry,) = [entry for entry in logs if entry["event"] == "block_failed_unexpectedly"]
+    assert entry["error"] == "ZeroDivisionError"
+    assert any("fake.py" in place for place in entry["places"])
+    assert PROMPT not in repr(logs) + repr(coordinator.results()["bad"])
+
+
+async def test_nothing_of_a_block_is_logged() -> None:
+    coordinator = Coordinator(deque([assignment()]), extensions=["progress"])
+    with capture_logs() as logs:
+        async with (
+            serving(coordinator),
+            working(coordinator, FakeBackend(tokens(" secret answer"))) as running,
+        ):
+            await running.until(lambda: bool(coordinator.results()))
+    assert {"registered", "block_started", "block_finished"} <= {e["event"] for e in logs}
+    assert "secret" not in repr(logs)
+    assert PROMPT not in repr(logs)
+
+
+async def test_a_load_that_fails_is_answered() -> None:
+    backend = FakeBackend(load_error=LoadFailed("not a model"))
+    coordinator = Coordinator(deque([assignment("one"), assignment("two")]))
+    async with serving(coordinator), working(coordinator, backend) as running:
+        await running.until(lambda: "two" in coordinator.results())
+    codes = {r["error"]["code"] for r in coordinator.results().values()}
+    assert codes == {"load_failed"}
+
+
+async def test_models_change_when_the_blocks_of_the_old_one_are_done() -> None:
+    tasks = [
+        assignment(f"b-{i}", model_id=("tiny", "other")[i // 2 % 2], input={"max_tokens": 3})
+        for i in range(8)
+    ]
+    coordinator = Coordinator(deque(tasks))
+    backend = FakeBackend(ScriptedGeneration(token_ms=2.0), load_ms=5.0)
+    async with (
+        serving(coordinator),
+        working(coordinator, backend, max_concurrent_tasks=4) as running,
+    ):
+        await running.until(lambda: len(coordinator.results()) == 8)
+    for i in range(8):
+        sha256 = coordinator.results()[f"b-{i}"]["fingerprint"]["model_sha256"]
+        assert sha256 == "ab"[i // 2 % 2] * 64
+    assert backend.calls.loads == 4
+
+
+async def test_a_model_can_be_loaded_beforehand() -> None:
+    coordinator = Coordinator()
+    backend = FakeBackend()
+    async with (
+        serving(coordinator),
+        working(coordinator, backend, preload=MODELS["other"]) as running,
+    ):
+        await running.until(lambda: backend.loaded is not None)
+        assert backend.loaded is not None
+        assert backend.loaded.file == MODELS["other"]
+        coordinator.tasks.append(assignment(model_id="other"))
+        await running.until(lambda: bool(coordinator.results()))
+    assert backend.calls.loads == 1
+
+
+async def test_as_many_blocks_as_slots() -> None:
+    tasks = [assignment(f"b-{i}", input={"max_tokens": 10}) for i in range(6)]
+    coordinator = Coordinator(deque(tasks), heartbeat_ms=100)
+    backend = FakeBackend(ScriptedGeneration(token_ms=40.0))
+    seen: set[int] = set()
+    async with (
+        serving(coordinator),
+        working(coordinator, backend, max_concurrent_tasks=3) as running,
+    ):
+        await running.until(
+            lambda: seen.add(backend.active) or len(coordinator.results()) == 6  # type: ignore[func-returns-value]
+        )
+    assert max(seen) == 3
+    actives = [frame["active_blocks"] for frame in coordinator.of_type("Heartbeat")]
+    assert ["b-0", "b-1", "b-2"] in actives
+
+
+async def test_a_flood_of_assignments_is_handed_back() -> None:
+    coordinator = Coordinator(deque([assignment("b-0")]))
+    backend = FakeBackend(ScriptedGeneration(token_ms=5.0))
+    async with serving(coordinator), working(coordinator, backend) as running:
+        await running.until(lambda: bool(coordinator.of_type("RequestWork")))
+        for i in range(1, 6):
+            await coordinator.say(**assignment(f"b-{i}"))
+        await running.until(lambda: len(coordinator.results()) == 6)
+    results = coordinator.results()
+    done = [block_id for block_id, result in results.items() if result["success"]]
+    assert set(done) == {"b-0", "b-1"}
+    assert all(results[b]["error"]["code"] == "preempted" for b in results if b not in done)
+
+
+async def test_no_work_is_waited_out() -> None:
+    coordinator = Coordinator(retry_after_ms=150)
+    async with serving(coordinator), working(coordinator) as running:
+        await running.until(lambda: len(coordinator.of_type("RequestWork")) == 2)
+        coordinator.tasks.append(assignment())
+        await running.until(lambda: bool(coordinator.results()))
+
+
+async def test_a_lost_link_costs_nothing() -> None:
+    coordinator = Coordinator(deque([assignment(input={"max_tokens": 10})]))
+    backend = FakeBackend(ScriptedGeneration(token_ms=20.0))
+    async with serving(coordinator), working(coordinator, backend) as running:
+        await running.until(lambda: backend.active == 1)
+        coordinator.sockets[-1].transport.abort()
+        await running.until(lambda: bool(coordinator.results()))
+        await running.until(lambda: not running.spool.pending())
+    assert any(isinstance(event, LinkDown) for event in running.events)
+    assert coordinator.results()["b-1"]["success"]
+    assert len(coordinator.raw_results()) == 1
+    assert backend.calls.generations == 1
+
+
+async def test_a_coordinator_that_was_away_gets_the_result() -> None:
+    coordinator = Coordinator(deque([assignment(input={"max_tokens": 5})]))
+    backend = FakeBackend(ScriptedGeneration(token_ms=20.0))
+    async with contextlib.AsyncExitStack() as stack:
+        async with serving(coordinator):
+            running = await stack.enter_async_context(working(coordinator, backend))
+            await running.until(lambda: backend.active == 1)
+        await running.until(lambda: bool(running.spool.pending()))
+        assert not coordinator.results()
+        async with serving(coordinator, coordinator.port):
+            await running.until(lambda: not running.spool.pending())
+            running.worker.stop()
+            await running.finished()
+    assert len(coordinator.raw_results()) == 1
+
+
+async def test_unacknowledged_results_are_sent_again_byte_for_byte() -> None:
+    coordinator = Coordinator(deque([assignment()]), acknowledge=False, extensions=["reconcile"])
+    async with serving(coordinator), working(coordinator) as running:
+        for count in (1, 2, 3):
+            await running.until(lambda count=count: len(coordinator.raw_results()) == count)
+            coordinator.sockets[-1].transport.abort()
+        coordinator.acknowledge = True
+        await running.until(lambda: not running.spool.pending())
+    assert len(set(coordinator.raw_results())) == 1
+    assert coordinator.of_type("Reconcile")[-1]["unacknowledged"] == ["b-1"]
+    assert running.backend.calls.generations == 1
+
+
+async def test_results_outlive_the_process() -> None:
+    spool = MemorySpool()
+    coordinator = Coordinator(deque([assignment()]), acknowledge=False)
+    async with serving(coordinator):
+        async with working(coordinator, spool=spool) as running:
+            await running.until(lambda: bool(coordinator.results()))
+        assert [block_id for block_id, _ in spool.pending()] == ["b-1"]
+        coordinator.acknowledge = True
+        async with working(coordinator, spool=spool) as running:
+            await running.until(lambda: not spool.pending())
+    first, second = coordinator.raw_results()
+    assert first == second
+
+
+async def test_a_block_is_not_computed_twice() -> None:
+    coordinator = Coordinator(deque([assignment()]), acknowledge=False)
+    backend = FakeBackend(ScriptedGeneration(token_ms=20.0))
+    async with serving(coordinator), working(coordinator, backend) as running:
+        await running.until(lambda: backend.active == 1)
+        await coordinator.say(**assignment())
+        await running.until(lambda: len(coordinator.raw_results()) == 1)
+        await coordinator.say(**assignment())
+        await running.until(lambda: len(coordinator.raw_results()) == 2)
+    assert len(set(coordinator.raw_results())) == 1
+    assert backend.calls.generations == 1
+
+
+async def test_cancel_stops_the_engine_and_is_answered() -> None:
+    coordinator = Coordinator(
+        deque([assignment(input={"max_tokens": 100_000})]), extensions=["cancel"]
+    )
+    backend = FakeBackend(ScriptedGeneration(token_ms=10.0))
+    async with serving(coordinator), working(coordinator, backend) as running:
+        await running.until(lambda: backend.active == 1)
+        await coordinator.say(type="Cancel", block_id="b-1", reason="requester left")
+        await running.until(lambda: bool(coordinator.results()))
+        assert backend.active == 0
+        coordinator.tasks.append(assignment("next"))
+        await running.until(lambda: "next" in coordinator.results())
+    error = coordinator.results()["b-1"]["error"]
+    assert (error["code"], error["message"], error["retryable"]) == (
+        "cancelled",
+        "requester left",
+        False,
+    )
+    assert backend.calls.cancelled == 1
+
+
+async def test_drain_stops_the_asking_and_finishes() -> None:
+    coordinator = Coordinator(deque([assignment()]), extensions=["drain"], heartbeat_ms=100)
+    backend = FakeBackend(ScriptedGeneration(token_ms=10.0))
+    async with serving(coordinator), working(coordinator, backend) as running:
+        await running.until(lambda: backend.active == 1)
+        await coordinator.say(type="Drain")
+        coordinator.tasks.append(assignment("never"))
+        await running.until(lambda: len(coordinator.of_type("Heartbeat")) >= 3)
+        assert set(coordinator.results()) == {"b-1"}
+        assert len(coordinator.tasks) == 1
+
+
+async def test_progress_streams_where_it_is_spoken() -> None:
+    coordinator = Coordinator(
+        deque([assignment(input={"max_tokens": 10})]), extensions=["progress"]
+    )
+    backend = FakeBackend(ScriptedGeneration(token_ms=5.0))
+    async with (
+        serving(coordinator),
+        working(coordinator, backend, progress_interval=0.0) as running,
+    ):
+        await running.until(lambda: bool(coordinator.results()))
+    frames = coordinator.of_type("Progress")
+    assert [frame["sequence"] for frame in frames] == list(range(10))
+    assert [frame["completion_tokens"] for frame in frames] == list(range(1, 11))
+    text = "".join(frame["text"] for frame in frames)
+    assert text == coordinator.results()["b-1"]["output"]["text"]
+
+
+async def test_stop_lets_a_running_block_finish() -> None:
+    coordinator = Coordinator(deque([assignment(), assignment("never")]), extensions=["goodbye"])
+    backend = FakeBackend(ScriptedGeneration(token_ms=20.0))
+    async with serving(coordinator), working(coordinator, backend) as running:
+        await running.until(lambda: backend.active == 1)
+        running.worker.stop()
+        await running.finished()
+        assert coordinator.results()["b-1"]["success"]
+        assert not running.spool.pending()
+    assert set(coordinator.results()) == {"b-1"}
+    goodbye = coordinator.frames[-1]
+    assert (goodbye["type"], goodbye["reason"], goodbye["abandoned"]) == (
+        "Goodbye",
+        "shutdown",
+        [],
+    )
+    assert coordinator.sockets[-1].close_code == 1000
+
+
+@pytest.mark.parametrize("twice", [False, True])
+async def test_stop_hands_back_what_does_not_finish(twice: bool) -> None:
+    coordinator = Coordinator(deque([assignment(input={"max_tokens": 100_000})]))
+    backend = FakeBackend(ScriptedGeneration(token_ms=10.0))
+    async with (
+        serving(coordinator),
+        working(coordinator, backend, stop_grace=600.0 if twice else 0.05) as running,
+    ):
+        await running.until(lambda: backend.active == 1)
+        running.worker.stop()
+        if twice:
+            running.worker.stop()
+        await running.finished()
+    error = coordinator.results()["b-1"]["error"]
+    assert (error["code"], error["retryable"]) == ("shutting_down", True)
+    # After a restart the block is someone else's: nothing of it is sent then.
+    assert not running.spool.pending()
+    assert backend.active == 0
+    assert {frame["type"] for frame in coordinator.frames} <= SEED_TYPES
+
+
+async def test_stop_without_a_coordinator_ends_at_once() -> None:
+    coordinator = Coordinator()
+    async with serving(coordinator):
+        pass
+    async with working(coordinator) as running:
+        await asyncio.sleep(0.05)
+        running.worker.stop()
+        await running.finished()
+
+
+async def test_an_assignment_that_comes_too_late_is_handed_back() -> None:
+    coordinator = Coordinator(deque([assignment()]))
+    backend = FakeBackend(ScriptedGeneration(token_ms=30.0))
+    async with serving(coordinator), working(coordinator, backend) as running:
+        await running.until(lambda: backend.active == 1)
+        running.worker.stop()
+        await coordinator.say(**assignment("late"))
+        await running.finished()
+    assert coordinator.results()["b-1"]["success"]
+    assert coordinator.results()["late"]["error"]["code"] == "shutting_down"
+
+
+async def test_a_spool_that_fails_stops_the_asking_but_loses_nothing() -> None:
+    class Full(MemorySpool):
+        async def commit(self, block_id: str, payload: bytes) -> None:
+            raise SpoolError("results.sqlite3", "the disk is full")
+
+        async def forget(self, block_id: str) -> None:
+            raise SpoolError("results.sqlite3", "the disk is full")
+
+    coordinator = Coordinator(deque([assignment(), assignment("never")]), heartbeat_ms=100)
+    async with serving(coordinator), working(coordinator, spool=Full()) as running:
+        await running.until(lambda: len(coordinator.of_type("Heartbeat")) >= 2)
+    assert set(coordinator.results()) == {"b-1"}
+    assert coordinator.results()["b-1"]["success"]
+    status = coordinator.of_type("Heartbeat")[-1]["status"]
+    assert "the disk is full" in status["Error"]["message"]
+    assert len(coordinator.tasks) == 1
+
+
+async def test_a_block_has_one_result_for_ever() -> None:
+    class Forgetful(MemorySpool):
+        async def forget(self, block_id: str) -> None:
+            raise SpoolError("results.sqlite3", "busy")
+
+    coordinator = Coordinator(deque([assignment(), assignment()]))
+    async with serving(coordinator), working(coordinator, spool=Forgetful()) as running:
+        await running.until(lambda: len(coordinator.raw_results()) == 2)
+    first, second = coordinator.raw_results()
+    assert first == second
+
+
+async def test_a_result_that_no_message_can_hold() -> None:
+    coordinator = Coordinator(deque([assignment("big"), assignment("good")]))
+    scripts = [tokens(*["x" * 1000] * 5), tokens(" small")]
+    async with (
+        serving(coordinator),
+        working(coordinator, FakeBackend(scripts), max_size=4000) as running,
+    ):
+        await running.until(lambda: "good" in coordinator.results())
+    error = coordinator.results()["big"]["error"]
+    assert error["code"] == "bad_request"
+    assert "ask for fewer tokens" in error["message"]
+    assert len(coordinator.sockets) == 1
+
+
+async def test_a_result_that_json_cannot_hold() -> None:
+    coordinator = Coordinator(deque([assignment("bad"), assignment("good")]))
+    scripts = [ScriptedGeneration(error=EngineCrashed("\ud800")), ScriptedGeneration()]
+    async with serving(coordinator), working(coordinator, FakeBackend(scripts)) as running:
+        await running.until(lambda: "good" in coordinator.results())
+    assert coordinator.results()["bad"]["error"]["code"] == "engine_crashed"
+
+
+async def test_blocks_that_an_earlier_process_lost_are_known() -> None:
+    spool = MemorySpool(interrupted=["b-0"])
+    coordinator = Coordinator(extensions=["reconcile"])
+    with capture_logs() as logs:
+        async with serving(coordinator), working(coordinator, spool=spool) as running:
+            await running.until(lambda: bool(coordinator.of_type("Reconcile")))
+    assert spool.interrupted == ()
+    assert {"event": "block_lost_in_restart", "block_id": "b-0", "log_level": "warning"} in logs
+    assert coordinator.of_type("Reconcile")[0]["running"] == []
+
+
+async def test_a_link_that_fails_for_good_ends_the_worker() -> None:
+    from ai4all.errors import VersionMismatch
+
+    class Foreign(Coordinator):
+        def answers(self, frame: dict[str, Any]) -> list[dict[str, Any]]:
+            version = {"major": 2, "minor": 0, "patch": 0}
+            return [answer | {"version": version} for answer in super().answers(frame)]
+
+    coordinator = Foreign()
+    async with serving(coordinator):
+        with pytest.raises(VersionMismatch):
+            async with working(coordinator) as running:
+                await running.finished()
