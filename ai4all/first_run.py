@@ -191,7 +191,9 @@ async def ensure_first_run(
     """
     data_dir = settings.data_dir
     await asyncio.to_thread(prepare_data_dir, data_dir)
-    identity: str = settings.worker.id or await asyncio.to_thread(worker_id, data_dir)
+    identity = settings.worker.id
+    if identity is None:
+        identity = await asyncio.to_thread(worker_id, data_dir)
     if is_initialized(data_dir):
         return FirstRunReport(identity, await _present_model(settings, store, console), False)
 

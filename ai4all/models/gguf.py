@@ -230,7 +230,7 @@ class _Reader:
         if magic != b"GGUF":
             self._fail(f"is not a GGUF file: it begins with {magic!r}")
         (version,) = self._unpack("<I", "the version")
-        if version & 0xFFFF == 0:
+        if version and version & 0xFFFF == 0:
             self._fail("is a big-endian GGUF file")
         if version not in (2, 3):
             self._fail(f"has GGUF version {version}; versions 2 and 3 are supported")
