@@ -56,20 +56,31 @@ ModelOption = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from ai4all.commands.environment import version_line
+
+        typer.echo(version_line())
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and the engine's build.")
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and the engine's build.",
+            callback=_print_version,
+            is_eager=True,
+        ),
     ] = False,
 ) -> None:
-    from ai4all.commands.environment import Environment, version_line
+    from ai4all.commands.environment import Environment
 
     if context.obj is None:
         context.obj = Environment()
-    if version:
-        typer.echo(version_line())
-        raise typer.Exit
 
 
 @app.command()
@@ -118,11 +129,29 @@ def coordinator(
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")
     ] = 8765,
+    allow_remote: Annotated[
+        bool, typer.Option("--allow-remote", help="Permit an address that others can reach.")
+    ] = False,
+    token_file: Annotated[
+        Path | None,
+        typer.Option("--token-file", metavar="FILE", help="Holds what workers must present."),
+    ] = None,
+    strict_seed: Annotated[
+        bool, typer.Option("--strict-seed", help="Speak the first protocol to the letter.")
+    ] = False,
 ) -> None:
     """Give tasks from a file to workers that connect, and write their results to another."""
     from ai4all.commands.coordinator import run_coordinator
 
-    run_coordinator(tasks, results, host, port)
+    run_coordinator(
+        tasks,
+        results,
+        host=host,
+        port=port,
+        allow_remote=allow_remote,
+        token_file=token_file,
+        strict_seed=strict_seed,
+    )
 
 
 @app.command()

@@ -101,17 +101,21 @@ class BenchmarkStore:
         same = [result for result in self.history() if result.key == key]
         return same[-2] if len(same) > 1 else None
 
-    def registration_score(self, key: BenchmarkKey | None = None) -> float | None:
+    def registration_score(
+        self, model_sha256: str | None = None, engine_build: str | None = None
+    ) -> float | None:
         """The composite to register with, or None when nothing was measured.
 
-        Args:
-            key: What will compute. The best of its runs counts, because noise from the machine's
-                other work only ever lowers a score. Without a run of it, the newest of all.
+        The best run of the model with this build counts, because noise from the machine's other
+        work only ever lowers a score. Without a run of it, the newest of all.
         """
-        if key is not None:
-            scores = [r.scores.composite for r in self.history() if r.key == key]
-            if scores:
-                return max(scores)
+        scores = [
+            result.scores.composite
+            for result in self.history()
+            if (result.key.model_sha256, result.key.engine_build) == (model_sha256, engine_build)
+        ]
+        if scores:
+            return max(scores)
         newest = self.latest()
         return newest.scores.composite if newest is not None else None
 

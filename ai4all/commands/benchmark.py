@@ -3,58 +3,74 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ai4all.backend.base import EngineOptions, InferenceBackend
 from ai4all.benchmark.scores import BenchmarkResult
 from ai4all.benchmark.store import BenchmarkStore
-from ai4all.benchmark.suite import BenchmarkProgress, BenchmarkSuite
-from ai4all.types.model import ModelFile
+from ai4all.commands.environment import (
+    Environment,
+    log_to_terminal,
+    print_json,
+    read_settings,
+    stderr_console,
+    stdout_console,
+)
+from ai4all.commands.measure import measure
+from ai4all.commands.station import prepare_station
+from ai4all.config import Settings
+from ai4all.first_run import prepare_data_dir
 
-__all__ = ["measure", "print_result"]
+__all__ = ["print_result", "run_benchmark"]
 
 
-async def measure(
-    open_backend: Callable[[], InferenceBackend],
-    model: ModelFile,
-    options: EngineOptions,
-    store: BenchmarkStore,
-    console: Console,
-) -> BenchmarkResult:
-    """Run the suite on a backend of its own and keep the result; progress goes to ``console``.
+def run_benchmark(
+    environment: Environment,
+    config: Path | None,
+    data_dir: Path | None,
+    model: str | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Measure a model, by default the one of the first run, which is done if it is still due.
 
     Raises:
-        EngineUnavailable: No engine can run here.
-        ComputeError: The load or a generation failed.
+        ConfigError: The settings are wrong.
+        ModelError: The model cannot be had.
+        ComputeError: It could not be computed.
         DataDirectoryError: The result could not be kept.
     """
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task("benchmark: loading the model", total=None)
+    settings = read_settings(config, data_dir, worker__model=model)
+    prepare_data_dir(settings.data_dir)
+    log_to_terminal(settings)
+    result = asyncio.run(_benchmark(environment, settings))
+    store = BenchmarkStore(settings.data_dir)
+    if as_json:
+        previous = store.previous(result.key)
+        document = result.model_dump(mode="json")
+        document["previous"] = previous.model_dump(mode="json") if previous is not None else None
+        document["path"] = str(store.latest_path)
+        print_json(document)
+    else:
+        print_result(result, store.previous(result.key), store.latest_path, stdout_console())
 
-        def show(step: BenchmarkProgress) -> None:
-            bar.update(
-                task,
-                description=f"benchmark: {step.stage}",
-                completed=step.tokens_done,
-                total=step.tokens_total,
-            )
 
-        async with open_backend() as backend:
-            await backend.load(model, options)
-            return await BenchmarkSuite(store).run(backend, show)
+async def _benchmark(environment: Environment, settings: Settings) -> BenchmarkResult:
+    station = await prepare_station(environment, settings, stderr_console())
+    if isinstance(station.first_benchmark, BenchmarkResult):
+        measured = station.first_benchmark
+        if measured.key.model_sha256 == station.model.sha256:
+            # The first run has just measured it: a second measurement would say the same.
+            return measured
+    return await measure(
+        environment.open_backend,
+        station.model,
+        settings.engine_options(),
+        BenchmarkStore(settings.data_dir),
+        stderr_console(),
+    )
 
 
 def print_result(
@@ -106,17 +122,6 @@ def print_result(
         console.print("no earlier run with the same model, build, device and threads")
     # A path must come out whole to be copied, whatever the width of the terminal.
     console.print(f"kept in {path}", soft_wrap=True)
-
-
-def run_measure(
-    open_backend: Callable[[], InferenceBackend],
-    model: ModelFile,
-    options: EngineOptions,
-    store: BenchmarkStore,
-    console: Console,
-) -> BenchmarkResult:
-    """``measure`` for callers without an event loop."""
-    return asyncio.run(measure(open_backend, model, options, store, console))
 
 
 def _rate(tokens_per_second: float | None) -> str:

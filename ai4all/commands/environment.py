@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ai4all import __version__
@@ -13,8 +14,17 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ai4all.backend.base import InferenceBackend
+    from ai4all.config import Settings
 
-__all__ = ["Environment", "print_json", "stderr_console", "stdout_console", "version_line"]
+__all__ = [
+    "Environment",
+    "log_to_terminal",
+    "print_json",
+    "read_settings",
+    "stderr_console",
+    "stdout_console",
+    "version_line",
+]
 
 
 def _open_native_backend() -> InferenceBackend:
@@ -44,6 +54,34 @@ def version_line() -> str:
     except EngineUnavailable as error:
         return f"ai4all-native {__version__} (no engine: {error})"
     return f"ai4all-native {__version__} (engine: {build['engine_build']})"
+
+
+def read_settings(config_file: Path | None, data_dir: Path | None, **flags: object) -> Settings:
+    """Read the settings.
+
+    Args:
+        config_file: What ``--config`` says.
+        data_dir: What ``--data-dir`` says.
+        flags: Further flags by the key they set, with ``__`` for the dot; None was not given.
+
+    Raises:
+        ConfigError: A key or value is wrong, or the file cannot be read.
+    """
+    from ai4all.config import load_settings
+
+    overrides = {key.replace("__", "."): value for key, value in flags.items()}
+    return load_settings(config_file, {"data_dir": data_dir, **overrides})
+
+
+def log_to_terminal(settings: Settings) -> None:
+    """Send warnings and worse to standard error, and nothing to a file.
+
+    For commands that answer and end: they must not create a data directory only to log into it.
+    """
+    from ai4all.logs import configure_logging
+
+    without_file = settings.log.model_copy(update={"file": False})
+    configure_logging(settings.model_copy(update={"log": without_file}), quiet=True)
 
 
 def print_json(value: Any) -> None:

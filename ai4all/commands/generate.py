@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import dataclasses
 import sys
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,14 +18,66 @@ from ai4all.backend.base import (
     InferenceBackend,
     TokenEvent,
 )
-from ai4all.commands.environment import print_json
+from ai4all.commands.environment import (
+    Environment,
+    log_to_terminal,
+    print_json,
+    read_settings,
+    stderr_console,
+)
 from ai4all.errors import BadRequest
+from ai4all.first_run import open_store
+from ai4all.models.progress import show_download
 from ai4all.types.model import ModelFile
 from ai4all.types.task import TextCompletionInput
 
-__all__ = ["completion_as_json", "generate", "request_from_flags"]
+__all__ = ["completion_as_json", "generate", "request_from_flags", "run_generate"]
 
 _FLAG_OF_FIELD = {"stop_sequences": "--stop"}
+
+
+def run_generate(
+    environment: Environment,
+    config: Path | None,
+    data_dir: Path | None,
+    model: str,
+    *,
+    threads: int | None,
+    context_length: int | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Generate with the model of that id or path.
+
+    Args:
+        environment: Where compute comes from.
+        config: Configuration file.
+        data_dir: Data directory.
+        model: Id or path.
+        threads: Threads; 0 is one for each core.
+        context_length: Tokens; 0 is the model's own.
+        as_json: One JSON object in place of the text.
+        flags: As in ``request_from_flags``.
+
+    Raises:
+        ConfigError: The settings are wrong.
+        ModelNotFound: There is no such model.
+        ComputeError: It could not be computed.
+    """
+    request = request_from_flags(**flags)
+    settings = read_settings(
+        config, data_dir, engine__threads=threads, engine__context_length=context_length
+    )
+    log_to_terminal(settings)
+    options = dataclasses.replace(settings.engine_options(), n_slots=1)
+    store = open_store(settings)
+
+    async def run() -> None:
+        with show_download(stderr_console(), model) as progress:
+            file = await store.resolve(model, progress)
+        await generate(environment.open_backend(), file, options, request, as_json=as_json)
+
+    asyncio.run(run())
 
 
 def request_from_flags(**flags: Any) -> GenerateRequest:

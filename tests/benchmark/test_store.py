@@ -65,12 +65,16 @@ def test_only_runs_with_the_same_key_are_compared(tmp_path: Path) -> None:
     assert store.previous(key(8)) is None
 
 
-def test_the_best_run_of_a_key_is_registered(tmp_path: Path) -> None:
+def test_the_best_run_of_the_model_and_build_is_registered(tmp_path: Path) -> None:
     store = BenchmarkStore(tmp_path)
-    for composite, threads in [(0.5, 2), (0.9, 4), (0.4, 2)]:
-        store.save(result(composite, threads))
-    assert store.registration_score(key(2)) == 0.5
-    assert store.registration_score(key(8)) == 0.4
+    for composite, build in [(0.5, "x"), (0.9, "y"), (0.4, "x")]:
+        kept = result(composite)
+        store.save(
+            kept.model_copy(update={"key": key().model_copy(update={"engine_build": build})})
+        )
+    assert store.registration_score("ab" * 32, "x") == 0.5
+    assert store.registration_score("ab" * 32, "y") == 0.9
+    assert store.registration_score("cd" * 32, "x") == 0.4
     assert store.registration_score() == 0.4
 
 

@@ -1,0 +1,145 @@
+"""``ai4all-native models``: list, pull, verify and remove."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ai4all.commands.environment import (
+    log_to_terminal,
+    print_json,
+    read_settings,
+    stderr_console,
+    stdout_console,
+)
+from ai4all.errors import InvalidModelFile, ModelChecksumMismatch, ModelNotFound
+from ai4all.first_run import open_store
+from ai4all.models.progress import show_download
+from ai4all.models.store import ModelStore
+from ai4all.types.model import ModelFile
+
+__all__ = ["list_models", "pull_model", "remove_model", "verify_models"]
+
+_MIB = 1024 * 1024
+
+
+def list_models(config: Path | None, data_dir: Path | None, *, as_json: bool) -> None:
+    """Print what is kept, by id."""
+    store = _open_store(config, data_dir)
+    stored, here = store.stored(), {model.model_id for model in store.list()}
+    if as_json:
+        rows = [
+            {"model_id": model_id, **row.model_dump(), "present": model_id in here}
+            for model_id, row in stored.items()
+        ]
+        print_json({"models": rows})
+        return
+    console = stdout_console()
+    if not stored:
+        console.print("no models here; `ai4all-native models pull ID SOURCE` fetches one")
+        return
+    table = Table()
+    for heading in ("id", "size", "sha256", "source", "added"):
+        table.add_column(heading, overflow="fold", justify="right" if heading == "size" else "left")
+    for model_id, row in stored.items():
+        size = f"{row.size_bytes / _MIB:.1f} MiB" if model_id in here else "missing"
+        table.add_row(model_id, size, row.sha256[:16], row.source, row.added)
+    console.print(table)
+
+
+def pull_model(
+    config: Path | None,
+    data_dir: Path | None,
+    model_id: str,
+    source: str,
+    sha256: str | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Fetch a model from ``source`` and keep it as ``model_id``.
+
+    Raises:
+        ModelError: It cannot be had, or is not what was expected.
+        DataDirectoryError: It cannot be kept.
+    """
+    store = _open_store(config, data_dir)
+    with show_download(stderr_console(), f"model {model_id}") as progress:
+        model = asyncio.run(store.add(model_id, source, sha256=sha256, progress=progress))
+    _print_model(model, "kept", as_json=as_json)
+
+
+def verify_models(
+    config: Path | None, data_dir: Path | None, model_id: str | None, *, as_json: bool
+) -> int:
+    """Hash one model, or all; returns the exit status: 1 when one is not what it was.
+
+    Raises:
+        ModelNotFound: ``model_id`` is not here.
+    """
+    store = _open_store(config, data_dir)
+    if model_id is not None and model_id not in store.stored():
+        raise ModelNotFound(model_id)
+    ids = [model_id] if model_id is not None else list(store.stored())
+    rows = [asyncio.run(_verify(store, each)) for each in ids]
+    if as_json:
+        print_json({"models": rows})
+    else:
+        console = stdout_console()
+        for row in rows:
+            line = f"{row['model_id']}: {row['problem'] or 'as it was'}"
+            console.print(line, markup=False, soft_wrap=True)
+        if not rows:
+            console.print("no models here")
+    return 1 if any(row["problem"] for row in rows) else 0
+
+
+def remove_model(
+    config: Path | None, data_dir: Path | None, model_id: str, *, as_json: bool
+) -> None:
+    """Forget a model and delete its file.
+
+    Raises:
+        ModelNotFound: It is not here.
+        DataDirectoryError: It cannot be deleted.
+    """
+    _open_store(config, data_dir).remove(model_id)
+    if as_json:
+        print_json({"removed": model_id})
+    else:
+        stdout_console().print(f"removed {model_id}", markup=False)
+
+
+def _open_store(config: Path | None, data_dir: Path | None) -> ModelStore:
+    settings = read_settings(config, data_dir)
+    log_to_terminal(settings)
+    return open_store(settings)
+
+
+async def _verify(store: ModelStore, model_id: str) -> dict[str, Any]:
+    problem = None
+    with show_download(stderr_console(), f"model {model_id}") as progress:
+        try:
+            await store.verify(model_id, progress)
+        except ModelNotFound:
+            problem = "its file is missing"
+        except (ModelChecksumMismatch, InvalidModelFile) as error:
+            problem = str(error)
+    return {"model_id": model_id, "ok": problem is None, "problem": problem}
+
+
+def _print_model(model: ModelFile, verb: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json(
+            {
+                "model_id": model.model_id,
+                "path": str(model.path),
+                "sha256": model.sha256,
+                "size_bytes": model.size_bytes,
+            }
+        )
+        return
+    line = f"{verb} {model.model_id}: {model.size_bytes / _MIB:.1f} MiB, sha256 {model.sha256}"
+    stdout_console().print(line, markup=False, soft_wrap=True)

@@ -1,0 +1,74 @@
+"""What a machine needs before it can work: an identity, a model, a benchmark."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from ai4all.benchmark.scores import BenchmarkResult
+from ai4all.benchmark.store import BenchmarkStore
+from ai4all.commands.environment import Environment
+from ai4all.commands.measure import measure
+from ai4all.config import Settings
+from ai4all.errors import ModelNotFound
+from ai4all.first_run import ensure_first_run, open_store, prepare_data_dir
+from ai4all.models.progress import show_download
+from ai4all.models.sources import BENCHMARK_MODEL_ID
+from ai4all.models.store import ModelStore
+from ai4all.types.model import ModelFile
+
+__all__ = ["Station", "prepare_station"]
+
+
+@dataclass(frozen=True, slots=True)
+class Station:
+    """A machine that is ready.
+
+    Attributes:
+        worker_id: Its persistent identity.
+        store: Its models.
+        model: The one that the settings name.
+        first_benchmark: What the first run measured, if it was done just now.
+    """
+
+    worker_id: str
+    store: ModelStore
+    model: ModelFile
+    first_benchmark: BenchmarkResult | None
+
+
+async def prepare_station(
+    environment: Environment, settings: Settings, console: Console
+) -> Station:
+    """Do what is left of the first run, and find the model that the settings name.
+
+    Raises:
+        DataDirectoryError: The data directory cannot be used.
+        ModelError: A model cannot be had.
+        ComputeError: The benchmark of the first run failed.
+    """
+    await asyncio.to_thread(prepare_data_dir, settings.data_dir)
+    store = open_store(settings)
+    chosen = None
+    if settings.worker.model != BENCHMARK_MODEL_ID:
+        # Before anything is downloaded: a name typed wrong should not cost the wait.
+        with show_download(console, settings.worker.model) as progress:
+            chosen = await store.resolve(settings.worker.model, progress)
+
+    async def run_benchmark(model: ModelFile) -> BenchmarkResult:
+        console.print("first run: measuring this machine")
+        return await measure(
+            environment.open_backend,
+            model,
+            settings.engine_options(),
+            BenchmarkStore(settings.data_dir),
+            console,
+        )
+
+    report = await ensure_first_run(settings, store, run_benchmark, console)
+    model = chosen or report.model
+    if model is None:
+        raise ModelNotFound(settings.worker.model)
+    return Station(report.worker_id, store, model, report.benchmark)

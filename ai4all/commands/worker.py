@@ -1,0 +1,123 @@
+"""``ai4all-native worker``: the worker, from settings to a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from pathlib import Path
+
+from ai4all.benchmark.store import BenchmarkStore
+from ai4all.commands.environment import Environment, read_settings, stderr_console
+from ai4all.commands.signals import on_stop_signals
+from ai4all.commands.station import prepare_station
+from ai4all.config import Settings
+from ai4all.delivery.backoff import Attempts, Backoff
+from ai4all.delivery.spool import Spool
+from ai4all.errors import ConfigError
+from ai4all.first_run import prepare_data_dir
+from ai4all.logs import configure_logging
+from ai4all.protocol.codec import Limits
+from ai4all.protocol.connection import LinkOptions, check_url
+from ai4all.protocol.session import SessionOptions
+from ai4all.worker import Worker, WorkerOptions
+
+__all__ = ["link_options", "run_worker", "session_options"]
+
+_SPOOL_FILE = "results.sqlite3"
+
+
+def run_worker(
+    environment: Environment,
+    config: Path | None,
+    data_dir: Path | None,
+    coordinator: str | None,
+    model: str | None,
+) -> None:
+    """Work until a signal says stop. The first run is done before, if it is still due.
+
+    Raises:
+        ConfigError: The settings are wrong, or no coordinator is set.
+        DataDirectoryError: The data directory cannot be used.
+        ModelError: A model cannot be had.
+        LinkError: The link failed for good.
+        SpoolError: Results cannot be kept.
+    """
+    settings = read_settings(config, data_dir, coordinator__url=coordinator, worker__model=model)
+    # All that can be wrong with the settings shows before anything is downloaded.
+    link = link_options(settings)
+    prepare_data_dir(settings.data_dir)
+    configure_logging(settings)
+    asyncio.run(_work(environment, settings, link))
+
+
+async def _work(environment: Environment, settings: Settings, link: LinkOptions) -> None:
+    station = await prepare_station(environment, settings, stderr_console())
+    async with contextlib.AsyncExitStack() as held:
+        spool = await asyncio.to_thread(Spool.open, settings.data_dir / _SPOOL_FILE)
+        await held.enter_async_context(spool)
+        backend = await held.enter_async_context(environment.open_backend())
+        score = BenchmarkStore(settings.data_dir).registration_score(
+            station.model.sha256, backend.capabilities().engine_build
+        )
+        reconnect = settings.coordinator
+        backoff = Backoff(
+            reconnect.reconnect_interval_ms,
+            jitter=reconnect.reconnect_jitter,
+            max_attempts=reconnect.max_reconnect_attempts,
+        )
+        options = WorkerOptions(
+            worker_id=station.worker_id,
+            benchmark_score=score,
+            max_concurrent_tasks=settings.worker.max_concurrent_tasks,
+            engine=settings.engine_options(),
+            preload=station.model,
+            stop_grace=settings.worker.stop_grace_seconds,
+            progress_interval=settings.worker.progress_interval_ms / 1000.0,
+            session=session_options(settings),
+        )
+        worker = Worker(backend, station.store, spool, link, Attempts(backoff), options)
+        with on_stop_signals(worker.stop):
+            await worker.run()
+
+
+def link_options(settings: Settings) -> LinkOptions:
+    """How to reach the coordinator that the settings name.
+
+    Raises:
+        ConfigError: None is set, or it cannot or should not be reached so.
+    """
+    coordinator = settings.coordinator
+    url = settings.coordinator_url()
+    origin = settings.origin("coordinator.url")
+    check_url(url, allow_insecure=coordinator.allow_insecure, origin=origin)
+    return LinkOptions(
+        url=url,
+        token=settings.coordinator_token(),
+        allow_insecure=coordinator.allow_insecure,
+        ssl_context=_private_authority(settings),
+        open_timeout=coordinator.open_timeout_ms / 1000.0,
+        ping_interval=coordinator.ping_interval_ms / 1000.0,
+        ping_timeout=coordinator.ping_timeout_ms / 1000.0,
+        max_size=coordinator.max_message_bytes,
+    )
+
+
+def session_options(settings: Settings) -> SessionOptions:
+    """The session's patience and limits."""
+    return SessionOptions(
+        default_heartbeat=settings.worker.default_heartbeat_interval_ms / 1000.0,
+        limits=Limits(max_bytes=settings.coordinator.max_message_bytes),
+    )
+
+
+def _private_authority(settings: Settings) -> ssl.SSLContext | None:
+    file = settings.coordinator.ca_file
+    if file is None:
+        return None
+    try:
+        return ssl.create_default_context(cafile=str(file))
+    except (OSError, ssl.SSLError) as error:
+        problem = f"{file} holds no certificates that can be used: {error.strerror or error}"
+        origin = settings.origin("coordinator.ca_file")
+        raise ConfigError("coordinator.ca_file", problem, origin) from error
