@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 
@@ -70,3 +71,8 @@ def test_the_drawing_shows_the_table() -> None:
         for event, target in steps.items()
     }
     assert draw().startswith("stateDiagram-v2\n    [*] --> Disconnected\n")
+
+
+def test_the_documentation_shows_the_drawing() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "wire.md").read_text(encoding="utf-8")
+    assert f"```mermaid\n{draw()}```\n" in text
