@@ -380,6 +380,8 @@ class _Writer:
             if batch:
                 self._write(batch)
                 _settle(batch)
+            # Nothing of the loop's may be held while the thread sleeps, least of all the spool.
+            del batch
             if stop is not None:
                 # Closing plays the log into the database; what fails there is played next time.
                 with contextlib.suppress(sqlite3.Error):
