@@ -38,6 +38,9 @@ _log = structlog.get_logger(__name__)
 # The engine enforces a deadline itself. One that is silent for this long after it, hangs.
 _HANG_SLACK_S: Final = 2.0
 
+# How long a load that was cancelled may take to end.
+_LAST_LOAD_S: Final = 3.0
+
 # A deadline further away than this is none; native clocks count nanoseconds in 64 bits.
 _MAX_DEADLINE_S: Final = 30 * 86_400.0
 
@@ -163,7 +166,7 @@ class ModelGate:
         """End a load that nobody waits for any more."""
         if self._loading is not None:
             self._loading.cancel()
-            await asyncio.wait({self._loading})
+            await asyncio.wait({self._loading}, timeout=_LAST_LOAD_S)
 
     async def _ensure(self, model: ModelFile) -> float:
         if self._loading is not None:

@@ -91,6 +91,9 @@ _log = structlog.get_logger(__name__)
 # How long results that were sent at the end may wait for their acknowledgements.
 _LAST_ACKNOWLEDGEMENTS_S: Final = 3.0
 
+# How long an engine may take to let go of what was cancelled.
+_LAST_CANCELLATION_S: Final = 3.0
+
 # After a failure to keep a result, one new block is tried after this long.
 _SPOOL_RETRY_S: Final = 30.0
 
@@ -241,39 +244,53 @@ class Worker:
     async def _wind_down(self) -> None:
         """Let running blocks finish, hand back those that do not, and leave politely."""
         _log.info("worker_stopping", running=len(self._blocks))
-        await self._until_hurry(self._blocks_done(), self._options.stop_grace)
+        await self._until(self._blocks_done(), self._options.stop_grace, self._hurry)
         for block in list(self._blocks.values()):
             block.stop(ShuttingDown("the worker is stopping"))
-        await self._blocks_done()
+        await self._until(self._blocks_done(), _LAST_CANCELLATION_S)
         self._note_acknowledged()
         if self._session.is_registered:
-            await self._until_hurry(self._all_acknowledged.wait(), _LAST_ACKNOWLEDGEMENTS_S)
+            await self._until(self._all_acknowledged.wait(), _LAST_ACKNOWLEDGEMENTS_S, self._hurry)
         await self._connection.close("shutdown")
 
     async def _blocks_done(self) -> None:
         while tasks := [block.task for block in self._blocks.values() if block.task is not None]:
             await asyncio.wait(tasks)
 
-    async def _until_hurry(self, work: Coroutine[Any, Any, object], limit: float) -> None:
-        task = asyncio.ensure_future(work)
-        hurry = asyncio.ensure_future(self._hurry.wait())
+    async def _until(
+        self,
+        work: Coroutine[Any, Any, object],
+        limit: float,
+        interrupt: asyncio.Event | None = None,
+    ) -> None:
+        """Wait for ``work``, for ``limit`` seconds, or until ``interrupt``: whichever is first."""
+        tasks = {asyncio.ensure_future(work)}
+        if interrupt is not None:
+            tasks.add(asyncio.ensure_future(interrupt.wait()))
         try:
-            await asyncio.wait({task, hurry}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for each in (task, hurry):
-                each.cancel()
-            await asyncio.gather(task, hurry, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _abandon(self, link: asyncio.Task[None]) -> None:
         """End everything that is left, in the order that lets each part finish what it holds."""
-        tasks = [block.task for block in self._blocks.values() if block.task is not None]
+        tasks = {block.task for block in self._blocks.values() if block.task is not None}
         for task in (link, *tasks):
             task.cancel()
-        await asyncio.gather(link, *tasks, return_exceptions=True)
+        await asyncio.gather(link, return_exceptions=True)
+        await self._settle(tasks)
         await self._gate.close()
-        while self._background:
-            # Results that are acknowledged are forgotten before the spool is closed.
-            await asyncio.wait(self._background)
+        # Results that are acknowledged are forgotten before the spool is closed.
+        await self._settle(self._background)
+
+    async def _settle(self, tasks: set[asyncio.Task[None]]) -> None:
+        # An engine that hangs may not answer to cancellation either; the exit does not wait for it.
+        if tasks:
+            _, left = await asyncio.wait(set(tasks), timeout=_LAST_CANCELLATION_S)
+            if left:
+                _log.error("tasks_left_behind", count=len(left))
 
     async def _preload(self, model: ModelFile) -> None:
         try:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,7 +17,13 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 import ai4all.blocks
-from ai4all.backend.base import EngineOptions, GenerateRequest
+import ai4all.worker
+from ai4all.backend.base import (
+    EngineOptions,
+    GenerateRequest,
+    GenerationEvent,
+    PromptProgress,
+)
 from ai4all.backend.fake import FakeBackend, ScriptedGeneration
 from ai4all.delivery.backoff import Attempts, Backoff
 from ai4all.delivery.spool import MemorySpool
@@ -665,6 +671,34 @@ async def test_stop_hands_back_what_does_not_finish(twice: bool) -> None:
     assert not running.spool.pending()
     assert backend.active == 0
     assert {frame["type"] for frame in coordinator.frames} <= SEED_TYPES
+
+
+async def test_stop_does_not_wait_for_an_engine_that_never_lets_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ai4all.worker, "_LAST_CANCELLATION_S", 0.05)
+
+    class Stubborn(FakeBackend):
+        async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerationEvent, None]:
+            reached.set()
+            while not released.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await released.wait()
+            yield PromptProgress(1, 1)
+
+    reached, released = asyncio.Event(), asyncio.Event()
+    coordinator = Coordinator(deque([assignment()]))
+    with capture_logs() as logs:
+        async with (
+            serving(coordinator),
+            working(coordinator, Stubborn(), stop_grace=0.05) as running,
+        ):
+            await reached.wait()
+            running.worker.stop()
+            await running.finished()
+            released.set()
+            await asyncio.sleep(0.05)
+    assert "tasks_left_behind" in [entry["event"] for entry in logs]
 
 
 async def test_stop_without_a_coordinator_ends_at_once() -> None:
