@@ -20,7 +20,8 @@ cdef extern from *:
         try {
             throw;
         } catch (const ai4all::engine_error & error) {
-            PyObject * arguments = Py_BuildValue("(is)", static_cast<int>(error.code()), error.what());
+            const int  code      = static_cast<int>(error.code());
+            PyObject * arguments = Py_BuildValue("(is)", code, error.what());
             if (arguments) {
                 PyErr_SetObject(ai4all_fault_class, arguments);
                 Py_DECREF(arguments);

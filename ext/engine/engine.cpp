@@ -81,15 +81,15 @@ struct engine::impl {
     const size_t capacity;
     notifier     wake_reader;
 
-    std::mutex                                                        mutex;  // of what follows
-    std::condition_variable                                           wake;
-    std::deque<command>                                               inbox;
+    std::mutex                                                       mutex;  // of what follows
+    std::condition_variable                                          wake;
+    std::deque<command>                                              inbox;
     std::unordered_map<uint64_t, std::shared_ptr<std::atomic<bool>>> live;
-    uint64_t                                                          last_id    = 0;
-    size_t                                                            n_waiting  = 0;
-    bool                                                              model_due  = false;  // loaded, or a load is queued
-    bool                                                              has_model  = false;
-    model_info                                                        info;
+    uint64_t                                                         last_id   = 0;
+    size_t                                                           n_waiting = 0;
+    bool                                                             model_due = false;  // loaded, or a load is queued
+    bool                                                             has_model = false;
+    model_info                                                       info;
 
     std::atomic<bool> stopping{false};
 
@@ -222,7 +222,8 @@ void engine::impl::drop_ended_slots() {
             continue;
         }
         const auto done = [&place] {
-            return std::to_string(place.n_sampled) + " of " + std::to_string(place.request.generate.max_tokens) + " tokens";
+            return std::to_string(place.n_sampled) + " of " + std::to_string(place.request.generate.max_tokens) +
+                   " tokens";
         };
         if (place.request.is_cancelled()) {
             fail(place, errc::cancelled, "cancelled after " + done());
@@ -265,9 +266,9 @@ void engine::impl::admit() {
 }
 
 void engine::impl::place(slot & place, command cmd) {
-    const llama_seq_id seq = place.seq;
-    place                  = slot{};
-    place.seq              = seq;
+    const llama_seq_id seq  = place.seq;
+    place                   = slot{};
+    place.seq               = seq;
     place.times.submitted   = cmd.submitted;
     place.times.model_ready = std::max(cmd.submitted, model_ready);
     place.times.admitted    = now_ns();
@@ -279,7 +280,8 @@ void engine::impl::place(slot & place, command cmd) {
         place.n_prompt = place.tokens.size();
         if (place.n_prompt > model->info().n_ctx) {
             throw engine_error(errc::context_overflow, "the prompt has " + std::to_string(place.n_prompt) +
-                                                           " tokens, the context " + std::to_string(model->info().n_ctx));
+                                                           " tokens, the context " +
+                                                           std::to_string(model->info().n_ctx));
         }
         place.sampling = std::make_unique<sampler>(model->model(), cmd.generate, place.tokens);
         place.text     = std::make_unique<text_stream>(cmd.generate.stop);
@@ -325,15 +327,15 @@ void engine::impl::do_load(command cmd) {
     try {
         model = std::make_unique<loaded_model>(cmd.load, progress, should_abort, this);
     } catch (const std::exception & error) {
-        const auto * known = dynamic_cast<const engine_error *>(&error);
+        const auto * known  = dynamic_cast<const engine_error *>(&error);
         const bool   memory = dynamic_cast<const std::bad_alloc *>(&error) != nullptr;
         fail(cmd, known ? known->code() : memory ? errc::out_of_memory : errc::load_failed, error.what());
         const std::lock_guard<std::mutex> lock(mutex);
         // Unless a later load is already queued, nothing will be there to generate with.
-        model_due = std::any_of(inbox.begin(), inbox.end(),
-                                [](const command & c) { return c.what == command::verb::load; }) ||
-                    std::any_of(backlog.begin(), backlog.end(),
-                                [](const command & c) { return c.what == command::verb::load; });
+        model_due =
+            std::any_of(inbox.begin(), inbox.end(), [](const command & c) { return c.what == command::verb::load; }) ||
+            std::any_of(backlog.begin(), backlog.end(),
+                        [](const command & c) { return c.what == command::verb::load; });
         return;
     }
     slots.resize(model->info().n_slots);
@@ -380,15 +382,15 @@ void engine::impl::do_unload(const command & cmd) {
 void engine::impl::queue_tokens(slot & place, size_t n) {
     llama_batch & batch = model->batch();
     for (size_t i = 0; i < n; ++i) {
-        const int32_t k       = batch.n_tokens++;
-        const size_t  index   = place.n_past + i;
-        batch.token[k]        = place.tokens[index];
-        batch.pos[k]          = static_cast<llama_pos>(index);
-        batch.n_seq_id[k]     = 1;
-        batch.seq_id[k][0]    = place.seq;
+        const int32_t k     = batch.n_tokens++;
+        const size_t  index = place.n_past + i;
+        batch.token[k]      = place.tokens[index];
+        batch.pos[k]        = static_cast<llama_pos>(index);
+        batch.n_seq_id[k]   = 1;
+        batch.seq_id[k][0]  = place.seq;
         // Only the row that will be sampled from needs logits.
-        batch.logits[k]       = index + 1 == place.tokens.size();
-        place.row             = batch.logits[k] ? k : -1;
+        batch.logits[k] = index + 1 == place.tokens.size();
+        place.row       = batch.logits[k] ? k : -1;
     }
     place.n_queued = n;
     watched.push_back(place.request.cancelled.get());

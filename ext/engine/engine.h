@@ -48,65 +48,65 @@ class engine_error : public std::runtime_error {
 
 struct load_params {
     std::string path;
-    uint32_t    n_ctx          = 0;     // of one sequence; 0: the model's own, at most 4096
-    uint32_t    n_batch        = 2048;  // tokens in one logical batch
-    uint32_t    n_ubatch       = 512;   // tokens in one physical batch, and in a prompt chunk
-    uint32_t    n_slots        = 1;
-    int32_t     n_threads      = 1;
+    uint32_t    n_ctx           = 0;     // of one sequence; 0: the model's own, at most 4096
+    uint32_t    n_batch         = 2048;  // tokens in one logical batch
+    uint32_t    n_ubatch        = 512;   // tokens in one physical batch, and in a prompt chunk
+    uint32_t    n_slots         = 1;
+    int32_t     n_threads       = 1;
     int32_t     n_threads_batch = 1;
-    int32_t     n_gpu_layers   = -1;    // -1: all
-    int32_t     flash_attention = -1;   // -1 auto, 0 off, 1 on
-    std::string kv_type        = "f16";
-    bool        use_mmap       = true;
+    int32_t     n_gpu_layers    = -1;  // -1: all
+    int32_t     flash_attention = -1;  // -1 auto, 0 off, 1 on
+    std::string kv_type         = "f16";
+    bool        use_mmap        = true;
 };
 
 struct model_info {
-    std::string path;
-    std::string description;
-    std::string device;
-    uint32_t    n_ctx       = 0;  // of one sequence
-    uint32_t    n_ctx_train = 0;
-    uint32_t    n_batch     = 0;
-    uint32_t    n_ubatch    = 0;
-    uint32_t    n_slots     = 0;
-    int32_t     n_vocab     = 0;
-    int32_t     n_embd      = 0;
-    int32_t     n_threads   = 0;
-    int32_t     n_threads_batch = 0;
-    uint64_t    n_params    = 0;
-    uint64_t    size_bytes  = 0;
-    bool        has_chat_template = false;
+    std::string                                      path;
+    std::string                                      description;
+    std::string                                      device;
+    uint32_t                                         n_ctx             = 0;  // of one sequence
+    uint32_t                                         n_ctx_train       = 0;
+    uint32_t                                         n_batch           = 0;
+    uint32_t                                         n_ubatch          = 0;
+    uint32_t                                         n_slots           = 0;
+    int32_t                                          n_vocab           = 0;
+    int32_t                                          n_embd            = 0;
+    int32_t                                          n_threads         = 0;
+    int32_t                                          n_threads_batch   = 0;
+    uint64_t                                         n_params          = 0;
+    uint64_t                                         size_bytes        = 0;
+    bool                                             has_chat_template = false;
     std::vector<std::pair<std::string, std::string>> metadata;
 };
 
 struct generate_params {
     std::string              prompt;
     std::string              system_prompt;
-    bool                     chat           = false;  // render both by the chat template
-    int32_t                  max_tokens     = 256;
-    float                    temperature    = 0.0f;   // 0: greedy
-    int32_t                  top_k          = 0;      // 0: off
-    float                    top_p          = 1.0f;   // 1: off
-    float                    min_p          = 0.0f;   // 0: off
+    bool                     chat               = false;  // render both by the chat template
+    int32_t                  max_tokens         = 256;
+    float                    temperature        = 0.0f;  // 0: greedy
+    int32_t                  top_k              = 0;     // 0: off
+    float                    top_p              = 1.0f;  // 1: off
+    float                    min_p              = 0.0f;  // 0: off
     float                    repetition_penalty = 1.0f;  // 1: off
-    uint32_t                 seed           = 0;
+    uint32_t                 seed               = 0;
     std::vector<std::string> stop;
-    bool                     ignore_eos     = false;
-    bool                     deterministic  = false;  // alone in the engine, nothing reused
-    std::string              grammar;                 // GBNF; empty: none
-    std::string              json_schema;             // empty: none
-    int64_t                  deadline_ns    = 0;      // steady clock; 0: none
+    bool                     ignore_eos    = false;
+    bool                     deterministic = false;  // alone in the engine, nothing reused
+    std::string              grammar;                // GBNF; empty: none
+    std::string              json_schema;            // empty: none
+    int64_t                  deadline_ns = 0;        // steady clock; 0: none
 };
 
 // Steady-clock nanoseconds, read in the engine's thread; 0 where it did not happen.
 struct timeline {
-    int64_t submitted    = 0;  // the one stamp that the caller's thread takes
-    int64_t model_ready  = 0;  // when the model that serves it was loaded
-    int64_t admitted     = 0;  // a slot was given
-    int64_t prompt_done  = 0;  // the last prompt chunk is computed
-    int64_t first_token  = 0;  // the first token is sampled
-    int64_t last_token   = 0;  // the last token is sampled
-    int64_t finished     = 0;
+    int64_t submitted   = 0;  // the one stamp that the caller's thread takes
+    int64_t model_ready = 0;  // when the model that serves it was loaded
+    int64_t admitted    = 0;  // a slot was given
+    int64_t prompt_done = 0;  // the last prompt chunk is computed
+    int64_t first_token = 0;  // the first token is sampled
+    int64_t last_token  = 0;  // the last token is sampled
+    int64_t finished    = 0;
 };
 
 enum class event_kind : int32_t {
@@ -129,15 +129,15 @@ struct event {
     event_kind  kind = event_kind::failed;
     uint64_t    id   = 0;  // of the command
     errc        code = errc::ok;
-    std::string text;      // token, finished: text that became certain; failed: the message
-    int32_t     token     = -1;
-    float       progress  = 0.0f;
+    std::string text;  // token, finished: text that became certain; failed: the message
+    int32_t     token         = -1;
+    float       progress      = 0.0f;
     int32_t     n_prompt_done = 0;
-    int32_t     n_prompt  = 0;
-    int32_t     n_tokens  = 0;   // sampled so far, end-of-generation tokens not counted
-    int32_t     n_reused  = 0;   // prompt tokens that came from a cache
-    int32_t     n_neighbours = 0;  // most other sequences in one batch with it
-    stop_reason reason    = stop_reason::none;
+    int32_t     n_prompt      = 0;
+    int32_t     n_tokens      = 0;  // sampled so far, end-of-generation tokens not counted
+    int32_t     n_reused      = 0;  // prompt tokens that came from a cache
+    int32_t     n_neighbours  = 0;  // most other sequences in one batch with it
+    stop_reason reason        = stop_reason::none;
     timeline    times;
 };
 
@@ -150,18 +150,18 @@ struct log_line {
 struct device_info {
     std::string name;
     std::string description;
-    std::string kind;     // cpu, gpu, igpu, accel
-    std::string backend;  // CPU, CUDA, ROCm, Vulkan, Metal
+    std::string kind;              // cpu, gpu, igpu, accel
+    std::string backend;           // CPU, CUDA, ROCm, Vulkan, Metal
     uint64_t    memory_total = 0;  // bytes
     uint64_t    memory_free  = 0;
 };
 
 struct build_info {
-    std::string llama_commit;
-    std::string ggml_version;
-    std::string compiler;
-    std::string build_type;
-    std::string sanitize;
+    std::string              llama_commit;
+    std::string              ggml_version;
+    std::string              compiler;
+    std::string              build_type;
+    std::string              sanitize;
     std::vector<std::string> backends;
     std::vector<std::string> cpu_features;
 };
@@ -187,7 +187,7 @@ class engine {
     // Unknown or ended ids are ignored.
     void cancel(uint64_t id) noexcept;
 
-    int  fd() const noexcept;
+    int fd() const noexcept;
     // Clear the descriptor, then move all events out.
     void drain(std::vector<event> & out);
 
@@ -208,7 +208,7 @@ class engine {
 build_info               get_build_info();
 std::vector<device_info> get_devices();
 // Lines that llama.cpp logged since the last call, oldest first; bounded, old ones are dropped.
-std::vector<log_line>    drain_log();
-int64_t                  now_ns();
+std::vector<log_line> drain_log();
+int64_t               now_ns();
 
 }  // namespace ai4all

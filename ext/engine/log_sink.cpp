@@ -20,8 +20,8 @@ constexpr size_t max_lines = 1024;
 std::mutex           ring_mutex;
 std::deque<log_line> ring;
 // A line comes in pieces: GGML_LOG_LEVEL_CONT continues the one before.
-std::string          open_text;
-int32_t              open_level = 0;
+std::string open_text;
+int32_t     open_level = 0;
 
 thread_local std::string thread_errors;
 
@@ -56,10 +56,10 @@ void sink(ggml_log_level level, const char * text, void * /*user_data*/) {
 // GGML_ASSERT ends in abort() whatever this does: it can only say what happened. Without it the
 // default handler would fork a debugger. Only async-signal-safe calls.
 void on_abort(const char * message) {
-    constexpr char prefix[] = "ai4all engine aborted: ";
-    [[maybe_unused]] ssize_t written = write(STDERR_FILENO, prefix, sizeof(prefix) - 1);
-    written = write(STDERR_FILENO, message, std::strlen(message));
-    written = write(STDERR_FILENO, "\n", 1);
+    constexpr char           prefix[] = "ai4all engine aborted: ";
+    [[maybe_unused]] ssize_t written  = write(STDERR_FILENO, prefix, sizeof(prefix) - 1);
+    written                           = write(STDERR_FILENO, message, std::strlen(message));
+    written                           = write(STDERR_FILENO, "\n", 1);
 }
 
 }  // namespace
@@ -84,7 +84,7 @@ std::string log_take_errors() {
 
 std::vector<log_line> drain_log() {
     const std::lock_guard<std::mutex> lock(ring_mutex);
-    std::vector<log_line> lines(ring.begin(), ring.end());
+    std::vector<log_line>             lines(ring.begin(), ring.end());
     ring.clear();
     return lines;
 }

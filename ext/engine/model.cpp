@@ -14,7 +14,7 @@ namespace ai4all {
 
 namespace {
 
-constexpr uint32_t default_context = 4096;
+constexpr uint32_t default_context  = 4096;
 constexpr uint32_t smallest_context = 8;
 
 ggml_type kv_type_from_name(const std::string & name) {
@@ -24,7 +24,8 @@ ggml_type kv_type_from_name(const std::string & name) {
             return type;
         }
     }
-    throw engine_error(errc::load_failed, "kv_type: '" + name + "' is not a cache type; use f16, f32, bf16, q8_0 or q4_0");
+    throw engine_error(errc::load_failed,
+                       "kv_type: '" + name + "' is not a cache type; use f16, f32, bf16, q8_0 or q4_0");
 }
 
 std::string with_log(const std::string & what) {
@@ -42,8 +43,8 @@ loaded_model::loaded_model(const load_params & params, const std::function<bool(
                            ggml_abort_callback abort, void * abort_data) {
     log_take_errors();
 
-    bool given_up = false;
-    const std::function<bool(float)> watched = [&](float share) {
+    bool                             given_up = false;
+    const std::function<bool(float)> watched  = [&](float share) {
         given_up = given_up || !progress(share);
         return !given_up;
     };
@@ -113,32 +114,33 @@ void loaded_model::open_context(const load_params & params, ggml_abort_callback 
     llama_context_params cparams = llama_context_default_params();
     cparams.n_ctx                = n_ctx * n_slots;
     // A batch has room for every slot's next token beside a prompt chunk.
-    cparams.n_batch              = std::max(params.n_batch, n_slots);
-    cparams.n_ubatch             = std::min(params.n_ubatch, cparams.n_batch);
-    cparams.n_seq_max            = n_slots;
-    cparams.n_outputs_max        = n_slots;
-    cparams.n_threads            = std::max(1, params.n_threads);
-    cparams.n_threads_batch      = std::max(1, params.n_threads_batch);
-    cparams.flash_attn_type      = static_cast<llama_flash_attn_type>(params.flash_attention);
-    cparams.type_k               = kv_type_from_name(params.kv_type);
-    cparams.type_v               = cparams.type_k;
-    cparams.kv_unified           = n_slots == 1;
-    cparams.no_perf              = true;
-    cparams.abort_callback       = abort;
-    cparams.abort_callback_data  = abort_data;
+    cparams.n_batch             = std::max(params.n_batch, n_slots);
+    cparams.n_ubatch            = std::min(params.n_ubatch, cparams.n_batch);
+    cparams.n_seq_max           = n_slots;
+    cparams.n_outputs_max       = n_slots;
+    cparams.n_threads           = std::max(1, params.n_threads);
+    cparams.n_threads_batch     = std::max(1, params.n_threads_batch);
+    cparams.flash_attn_type     = static_cast<llama_flash_attn_type>(params.flash_attention);
+    cparams.type_k              = kv_type_from_name(params.kv_type);
+    cparams.type_v              = cparams.type_k;
+    cparams.kv_unified          = n_slots == 1;
+    cparams.no_perf             = true;
+    cparams.abort_callback      = abort;
+    cparams.abort_callback_data = abort_data;
     try {
         ctx_.reset(llama_init_from_model(model_.get(), cparams));
     } catch (const std::bad_alloc &) {
-        throw engine_error(errc::out_of_memory, "not enough memory for a context of " + std::to_string(n_ctx) + " tokens");
+        throw engine_error(errc::out_of_memory,
+                           "not enough memory for a context of " + std::to_string(n_ctx) + " tokens");
     } catch (const std::exception & error) {
         throw engine_error(errc::load_failed, error.what());
     }
     if (!ctx_) {
         const std::string log    = log_take_errors();
         const bool        memory = log.find("alloc") != std::string::npos;
-        throw engine_error(memory ? errc::out_of_memory : errc::load_failed,
-                           "no context of " + std::to_string(n_ctx) + " tokens could be made" +
-                               (log.empty() ? "" : ": " + log));
+        throw engine_error(
+            memory ? errc::out_of_memory : errc::load_failed,
+            "no context of " + std::to_string(n_ctx) + " tokens could be made" + (log.empty() ? "" : ": " + log));
     }
 }
 
@@ -148,11 +150,11 @@ void loaded_model::attach_threadpools(const load_params & params) {
     if (!cpu) {
         return;
     }
-    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(cpu);
-    const auto make = reinterpret_cast<ggml_threadpool_t (*)(ggml_threadpool_params *)>(
+    ggml_backend_reg_t reg  = ggml_backend_dev_backend_reg(cpu);
+    const auto         make = reinterpret_cast<ggml_threadpool_t (*)(ggml_threadpool_params *)>(
         ggml_backend_reg_get_proc_address(reg, "ggml_threadpool_new"));
-    free_pool_ = reinterpret_cast<void (*)(ggml_threadpool_t)>(
-        ggml_backend_reg_get_proc_address(reg, "ggml_threadpool_free"));
+    free_pool_ =
+        reinterpret_cast<void (*)(ggml_threadpool_t)>(ggml_backend_reg_get_proc_address(reg, "ggml_threadpool_free"));
     if (!make || !free_pool_) {
         return;
     }
@@ -186,18 +188,18 @@ void loaded_model::describe(const load_params & params) {
 
     info_.path = params.path;
     llama_model_desc(model_.get(), text, sizeof(text));
-    info_.description     = text;
-    info_.n_ctx           = llama_n_ctx_seq(ctx_.get());
-    info_.n_ctx_train     = static_cast<uint32_t>(std::max(0, llama_model_n_ctx_train(model_.get())));
-    info_.n_batch         = llama_n_batch(ctx_.get());
-    info_.n_ubatch        = llama_n_ubatch(ctx_.get());
-    info_.n_slots         = llama_n_seq_max(ctx_.get());
-    info_.n_vocab         = llama_vocab_n_tokens(vocab());
-    info_.n_embd          = llama_model_n_embd(model_.get());
-    info_.n_threads       = std::max(1, params.n_threads);
-    info_.n_threads_batch = std::max(1, params.n_threads_batch);
-    info_.n_params        = llama_model_n_params(model_.get());
-    info_.size_bytes      = llama_model_size(model_.get());
+    info_.description       = text;
+    info_.n_ctx             = llama_n_ctx_seq(ctx_.get());
+    info_.n_ctx_train       = static_cast<uint32_t>(std::max(0, llama_model_n_ctx_train(model_.get())));
+    info_.n_batch           = llama_n_batch(ctx_.get());
+    info_.n_ubatch          = llama_n_ubatch(ctx_.get());
+    info_.n_slots           = llama_n_seq_max(ctx_.get());
+    info_.n_vocab           = llama_vocab_n_tokens(vocab());
+    info_.n_embd            = llama_model_n_embd(model_.get());
+    info_.n_threads         = std::max(1, params.n_threads);
+    info_.n_threads_batch   = std::max(1, params.n_threads_batch);
+    info_.n_params          = llama_model_n_params(model_.get());
+    info_.size_bytes        = llama_model_size(model_.get());
     info_.has_chat_template = llama_model_chat_template(model_.get(), nullptr) != nullptr;
 
     info_.device = "CPU";
@@ -215,7 +217,7 @@ void loaded_model::describe(const load_params & params) {
         char      key[256];
         const int n = llama_model_meta_key_by_index(model_.get(), i, key, sizeof(key));
         // Long values (a chat template, a licence) are of no use to a caller and are left out.
-        if (n > 0 && llama_model_meta_val_str_by_index(model_.get(), i, text, sizeof(text)) < (int32_t) sizeof(text)) {
+        if (n > 0 && llama_model_meta_val_str_by_index(model_.get(), i, text, sizeof(text)) < (int32_t)sizeof(text)) {
             info_.metadata.emplace_back(utf8_sanitize(key), utf8_sanitize(text));
         }
     }
@@ -245,7 +247,8 @@ std::vector<llama_token> loaded_model::tokenize(const generate_params & params) 
         try {
             text = common_chat_templates_apply(templates_.get(), inputs).prompt;
         } catch (const std::exception & error) {
-            throw engine_error(errc::bad_request, std::string("system_prompt: the chat template refused it: ") + error.what());
+            throw engine_error(errc::bad_request,
+                               std::string("system_prompt: the chat template refused it: ") + error.what());
         }
     }
 

@@ -58,8 +58,8 @@ class loaded_model {
     ggml_threadpool_t                            pool_       = nullptr;
     ggml_threadpool_t                            pool_batch_ = nullptr;
     void (*free_pool_)(ggml_threadpool_t)                    = nullptr;
-    llama_batch                                  batch_      = {};
-    model_info                                   info_;
+    llama_batch batch_                                       = {};
+    model_info  info_;
 };
 
 }  // namespace ai4all

@@ -60,7 +60,7 @@ notifier::~notifier() {
 }
 
 void notifier::signal() noexcept {
-    const char one = 1;
+    const char                     one     = 1;
     [[maybe_unused]] const ssize_t written = write(write_fd_, &one, 1);
 }
 

@@ -17,11 +17,11 @@ namespace ai4all {
 struct command {
     enum class verb { load, unload, generate };
 
-    verb            what      = verb::generate;
-    uint64_t        id        = 0;
-    int64_t         submitted = 0;
-    load_params     load;
-    generate_params generate;
+    verb                               what      = verb::generate;
+    uint64_t                           id        = 0;
+    int64_t                            submitted = 0;
+    load_params                        load;
+    generate_params                    generate;
     std::shared_ptr<std::atomic<bool>> cancelled;  // shared with engine::cancel()
 
     bool is_cancelled() const noexcept { return cancelled->load(std::memory_order_relaxed); }
@@ -36,12 +36,12 @@ struct slot {
     bool                         active = false;
     command                      request;
     std::vector<llama_token>     tokens;
-    size_t                       n_prompt = 0;
-    size_t                       n_past   = 0;
-    size_t                       n_queued = 0;      // tokens in the batch being decoded
-    int32_t                      row      = -1;     // batch index of the row to sample from
-    int32_t                      n_sampled = 0;
-    int32_t                      n_reused  = 0;
+    size_t                       n_prompt     = 0;
+    size_t                       n_past       = 0;
+    size_t                       n_queued     = 0;   // tokens in the batch being decoded
+    int32_t                      row          = -1;  // batch index of the row to sample from
+    int32_t                      n_sampled    = 0;
+    int32_t                      n_reused     = 0;
     int32_t                      n_neighbours = 0;
     timeline                     times;
     std::unique_ptr<sampler>     sampling;

@@ -2,6 +2,8 @@
 //
 // Run under the sanitizer presets as well; every check names the line that failed.
 
+#include "engine.h"
+
 #include <poll.h>
 
 #include <atomic>
@@ -16,7 +18,6 @@
 #include <thread>
 #include <vector>
 
-#include "engine.h"
 #include "llama.h"
 #include "notifier.h"
 #include "sampler.h"
@@ -26,12 +27,12 @@ using namespace ai4all;
 
 static std::string model_path;
 
-#define CHECK(condition)                                                              \
-    do {                                                                              \
-        if (!(condition)) {                                                           \
-            std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);      \
-            std::exit(1);                                                             \
-        }                                                                             \
+#define CHECK(condition)                                                         \
+    do {                                                                         \
+        if (!(condition)) {                                                      \
+            std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+            std::exit(1);                                                        \
+        }                                                                        \
     } while (0)
 
 template <typename F>
@@ -56,7 +57,7 @@ struct history {
         const auto found = of.find(id);
         return found != of.end() && is_last(found->second.back());
     }
-    const event & last(uint64_t id) const { return of.at(id).back(); }
+    const event &        last(uint64_t id) const { return of.at(id).back(); }
     std::vector<int32_t> tokens(uint64_t id) const {
         std::vector<int32_t> result;
         for (const event & e : of.at(id)) {
@@ -205,8 +206,8 @@ static void test_misuse() {
     CHECK(h.last(id).code == errc::load_failed && !h.last(id).text.empty());
     CHECK(code_of([&] { e.generate(greedy("x", 1)); }) == errc::not_loaded);
 
-    load_params odd = small_load();
-    odd.kv_type     = "q99";
+    load_params odd       = small_load();
+    odd.kv_type           = "q99";
     const uint64_t second = e.load(odd);
     h.wait(e, {second});
     CHECK(h.last(second).code == errc::load_failed);
@@ -223,22 +224,22 @@ static std::vector<int32_t> reference_tokens(const std::string & prompt, int32_t
     llama_model *      model   = llama_model_load_from_file(model_path.c_str(), mparams);
     CHECK(model);
     llama_context_params cparams = llama_context_default_params();
-    cparams.n_ctx = 512;
+    cparams.n_ctx                = 512;
     cparams.n_batch = cparams.n_ubatch = 64;
     cparams.n_threads = cparams.n_threads_batch = 2;
-    llama_context *     ctx   = llama_init_from_model(model, cparams);
-    const llama_vocab * vocab = llama_model_get_vocab(model);
+    llama_context *          ctx                = llama_init_from_model(model, cparams);
+    const llama_vocab *      vocab              = llama_model_get_vocab(model);
     std::vector<llama_token> tokens(512);
-    const int32_t count = llama_tokenize(vocab, prompt.c_str(), (int32_t) prompt.size(), tokens.data(), 512, true, true);
+    const int32_t count = llama_tokenize(vocab, prompt.c_str(), (int32_t)prompt.size(), tokens.data(), 512, true, true);
     CHECK(count > 0);
     tokens.resize(count);
     std::vector<int32_t> result;
     for (size_t done = 0; done < tokens.size();) {
-        const int32_t chunk = std::min<int32_t>(64, (int32_t) (tokens.size() - done));
+        const int32_t chunk = std::min<int32_t>(64, (int32_t)(tokens.size() - done));
         CHECK(llama_decode(ctx, llama_batch_get_one(tokens.data() + done, chunk)) == 0);
         done += chunk;
     }
-    while ((int32_t) result.size() < n) {
+    while ((int32_t)result.size() < n) {
         const float * logits = llama_get_logits_ith(ctx, -1);
         int32_t       best   = -1;
         for (int32_t t = 0; t < llama_vocab_n_tokens(vocab); ++t) {
@@ -255,8 +256,8 @@ static std::vector<int32_t> reference_tokens(const std::string & prompt, int32_t
 }
 
 static void test_generation() {
-    engine  e(64);
-    history h;
+    engine         e(64);
+    history        h;
     const uint64_t load = e.load(small_load());
     // Queued behind the load: it waits, and says how long.
     const uint64_t first = e.generate(greedy("Hello, world!", 24));
@@ -338,8 +339,8 @@ static void test_generation() {
 }
 
 static void test_cancel_and_deadline() {
-    engine  e(64);
-    history h;
+    engine         e(64);
+    history        h;
     const uint64_t load = e.load(small_load());
     h.wait(e, {load});
     const auto expected = reference_tokens("Hello", 16);
@@ -370,8 +371,8 @@ static void test_cancel_and_deadline() {
 }
 
 static void test_slots() {
-    engine  e(64);
-    history h;
+    engine         e(64);
+    history        h;
     const uint64_t load = e.load(small_load(4));
     h.wait(e, {load});
     std::vector<uint64_t> ids;
@@ -405,12 +406,12 @@ static void test_slots() {
 }
 
 static void test_queue() {
-    engine  e(3);
-    history h;
+    engine         e(3);
+    history        h;
     const uint64_t load = e.load(small_load());
     h.wait(e, {load});
     std::vector<uint64_t> ids;
-    errc refused = errc::ok;
+    errc                  refused = errc::ok;
     for (int i = 0; i < 50 && refused == errc::ok; ++i) {
         refused = code_of([&] { ids.push_back(e.generate(greedy("Hello", 400))); });
     }
@@ -425,13 +426,13 @@ static void test_queue() {
 }
 
 static void test_load_cycles() {
-    engine  e(64);
-    history h;
+    engine     e(64);
+    history    h;
     const auto expected = reference_tokens("Hello", 8);
     for (int i = 0; i < 5; ++i) {
-        const uint64_t load  = e.load(small_load(1 + i % 3));
-        const uint64_t work  = e.generate(greedy("Hello", 8));
-        const uint64_t end   = e.unload();
+        const uint64_t load = e.load(small_load(1 + i % 3));
+        const uint64_t work = e.generate(greedy("Hello", 8));
+        const uint64_t end  = e.unload();
         h.wait(e, {load, work, end});
         CHECK(h.last(work).kind == event_kind::finished && h.tokens(work) == expected);
         CHECK(!e.has_model());
@@ -441,10 +442,10 @@ static void test_load_cycles() {
 
 static void test_stop_with_work() {
     for (int i = 0; i < 5; ++i) {
-        engine  e(64);
-        history h;
-        const uint64_t load = e.load(small_load(2));
-        std::vector<uint64_t> ids = {load};
+        engine                e(64);
+        history               h;
+        const uint64_t        load = e.load(small_load(2));
+        std::vector<uint64_t> ids  = {load};
         for (int k = 0; k < 60; ++k) {  // more than any machine does before the stop
             ids.push_back(e.generate(greedy(words(60), 100000)));
         }
@@ -462,8 +463,8 @@ static void test_stop_with_work() {
 }
 
 static void test_many_threads() {
-    engine  e(1024);
-    history h;
+    engine         e(1024);
+    history        h;
     const uint64_t load = e.load(small_load(2));
     h.wait(e, {load});
     std::vector<std::vector<uint64_t>> ids(4);
@@ -475,7 +476,7 @@ static void test_many_threads() {
                 if (i % 3 == 0) {
                     e.cancel(ids[k].back());
                 }
-                (void) e.has_model();
+                (void)e.has_model();
             }
         });
     }
@@ -485,7 +486,7 @@ static void test_many_threads() {
     for (const auto & some : ids) {
         h.wait(e, some);
     }
-    (void) drain_log();
+    (void)drain_log();
 }
 
 int main(int argc, char ** argv) {
@@ -493,7 +494,7 @@ int main(int argc, char ** argv) {
         std::fprintf(stderr, "usage: %s MODEL.gguf\n", argv[0]);
         return 2;
     }
-    model_path = argv[1];
+    model_path                                                   = argv[1];
     const std::vector<std::pair<const char *, void (*)()>> tests = {
         {"text", test_text},
         {"argmax", test_argmax},
