@@ -96,7 +96,9 @@ _WebSocketUrl = Annotated[
     StringConstraints(pattern=r"^wss?://[^\s]+$", max_length=2048),
     AfterValidator(_no_credentials),
 ]
-_Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$", to_lower=True)]
+_Digest = Annotated[
+    str, StringConstraints(pattern=r"^[0-9A-Fa-f]{64}$"), AfterValidator(str.lower)
+]
 _Uuid = Annotated[
     str, StringConstraints(pattern=r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$")
 ]
@@ -449,10 +451,10 @@ def _check_key(key: str, origin: str) -> None:
     keys = _keys()
     if key in keys:
         return
-    near = difflib.get_close_matches(key, keys, 1, 0.6)
-    if not near:
-        last = key.rpartition(".")[2]
-        near = [k for k in keys if k.rpartition(".")[2] == last][:1]
+    # The right name in the wrong section is a likelier mistake than a similar name.
+    last = key.rpartition(".")[2]
+    near = [k for k in keys if k.rpartition(".")[2] == last]
+    near = near or difflib.get_close_matches(key, keys, 1, 0.7)
     if near:
         hint = f"; did you mean {near[0]}?"
     else:
