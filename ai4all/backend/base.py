@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ai4all.errors import UnsupportedTask
 from ai4all.types.model import DeviceInfo, ModelFile
 from ai4all.types.task import Fingerprint, FinishReason, Usage
 
 __all__ = [
     "Capabilities",
     "Completion",
+    "EmbedRequest",
+    "Embeddings",
     "EngineOptions",
     "GenerateRequest",
     "GenerationEvent",
     "InferenceBackend",
+    "LabelScores",
     "LoadedModel",
     "PromptProgress",
     "ResourceUsage",
+    "ScoreRequest",
     "Timings",
     "TokenEvent",
+    "TokenLogprob",
 ]
 
 
@@ -100,6 +106,10 @@ class GenerateRequest:
         deterministic: One sequence, no reuse, fixed shapes.
         grammar: GBNF, or None.
         json_schema: JSON Schema as text, or None.
+        logprobs: None: none. Else each token comes with its log probability, and those of this
+            many likeliest tokens in its place.
+        reuse_prefix: Take the computed cache of an earlier prompt with the same beginning.
+            ``deterministic`` switches it off.
         deadline: ``time.monotonic()`` value after which the work is dropped, or None.
     """
 
@@ -117,7 +127,65 @@ class GenerateRequest:
     deterministic: bool = False
     grammar: str | None = None
     json_schema: str | None = None
+    logprobs: int | None = None
+    reuse_prefix: bool = True
     deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedRequest:
+    """Texts to embed.
+
+    Attributes:
+        texts: At least one; each becomes a row.
+        normalize: Scale every row to Euclidean length 1.
+        deadline: ``time.monotonic()`` value after which the work is dropped, or None.
+    """
+
+    texts: tuple[str, ...]
+    normalize: bool = True
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Rows of float32, shape ``(len(texts), dimensions)``, and what they cost.
+
+    Pooling follows the model's own metadata; a model that names none is pooled by the mean.
+    """
+
+    vectors: npt.NDArray[np.float32]
+    prompt_tokens: int
+    timings: Timings
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRequest:
+    """A prompt and the continuations to score after it.
+
+    Attributes:
+        prompt: What stands before each continuation; computed once.
+        continuations: At least one, none empty.
+        system_prompt: When not None, prompt and this are rendered by the chat template.
+        deadline: ``time.monotonic()`` value after which the work is dropped, or None.
+    """
+
+    prompt: str
+    continuations: tuple[str, ...]
+    system_prompt: str | None = None
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LabelScores:
+    """For each continuation: the sum of its tokens' natural-log probabilities, and their count."""
+
+    log_likelihoods: tuple[float, ...]
+    token_counts: tuple[int, ...]
+    prompt_tokens: int
+    timings: Timings
+    fingerprint: Fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +220,19 @@ class PromptProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of a sampled token, and of the likeliest ones in its place.
+
+    Probabilities are the model's own, before temperature and the other sampling rules.
+    """
+
+    token: int
+    text: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
     """Text that became certain in one decode step, and the tokens sampled for it.
 
@@ -162,6 +243,7 @@ class TokenEvent:
     text: str
     token_ids: tuple[int, ...]
     completion_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +256,7 @@ class Completion:
     usage: Usage
     timings: Timings
     fingerprint: Fingerprint
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 GenerationEvent = PromptProgress | TokenEvent | Completion
@@ -291,24 +374,24 @@ class InferenceBackend(abc.ABC):
             await stream.aclose()
         raise AssertionError("a generation ended without a completion")
 
-    async def embed(self, texts: Sequence[str], *, normalize: bool = True) -> Any:
-        """Embed texts. Not offered by a backend that does not override it.
+    async def embed(self, request: EmbedRequest) -> Embeddings:
+        """Embed texts, one row each.
 
         Raises:
-            UnsupportedTask: Always, here.
+            ContextOverflow: A text does not fit into the model's context.
+            UnsupportedTask: This backend does not embed.
+            ComputeError: As its code says.
         """
-        from ai4all.errors import UnsupportedTask
-
         raise UnsupportedTask(f"the {self.name} backend does not embed")
 
-    async def score_labels(self, text: str, labels: Sequence[str]) -> Any:
-        """Score labels for a text. Not offered by a backend that does not override it.
+    async def score_labels(self, request: ScoreRequest) -> LabelScores:
+        """Score continuations of one prompt by their log-likelihood, in one batched pass.
 
         Raises:
-            UnsupportedTask: Always, here.
+            ContextOverflow: The prompt or a continuation does not fit.
+            UnsupportedTask: This backend does not score labels.
+            ComputeError: As its code says.
         """
-        from ai4all.errors import UnsupportedTask
-
         raise UnsupportedTask(f"the {self.name} backend does not score labels")
 
     async def __aenter__(self) -> InferenceBackend:
