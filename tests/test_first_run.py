@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from file_server import FileServer, serve_file
+from file_server import Cut, FileServer, serve_file
 from rich.console import Console
 
 from ai4all.config import Settings, load_settings
@@ -193,7 +193,7 @@ async def test_a_first_run_and_a_second(run: Run, server: FileServer) -> None:
 
 
 async def test_an_interrupted_download_goes_on(run: Run, server: FileServer) -> None:
-    server.cuts = [300_000, 0, 0, 0, 0, 0]
+    server.script = [Cut(300_000), 404]
     with pytest.raises(ModelSourceError):
         await run()
     assert not is_initialized(run.data_dir)
@@ -202,7 +202,7 @@ async def test_an_interrupted_download_goes_on(run: Run, server: FileServer) -> 
     (partial,) = (run.data_dir / "models").glob("*.partial")
     have = partial.stat().st_size
     assert have > 0
-    server.cuts = []
+    server.script = []
     server.requests.clear()
     report = await run()
     assert (report.was_first, report.worker_id) == (True, identity)

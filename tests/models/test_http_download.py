@@ -8,7 +8,7 @@ from pathlib import Path
 from unittest.mock import ANY
 
 import pytest
-from file_server import FileServer, serve_file
+from file_server import Cut, FileServer, serve_file
 
 from ai4all.errors import DataDirectoryError, ModelChecksumMismatch, ModelSourceError
 from ai4all.models import http_download
@@ -54,7 +54,7 @@ async def test_a_whole_file(server: FileServer, partial: Path) -> None:
 async def test_a_broken_connection_is_resumed_where_it_broke(
     server: FileServer, partial: Path
 ) -> None:
-    server.cuts = [700_000, 1, 900_000]
+    server.script = [Cut(700_000), Cut(1), Cut(900_000)]
     await get(server, partial)
     assert partial.read_bytes() == CONTENT
     assert len(server.requests) == 4
@@ -63,41 +63,43 @@ async def test_a_broken_connection_is_resumed_where_it_broke(
     assert server.requests[-1]["If-Range"] == '"v1"'
 
 
-async def test_a_later_run_goes_on_where_an_earlier_one_was_cancelled(
+async def stop_early(server: FileServer, partial: Path) -> int:
+    """Leave a partial file behind, as an interrupted run does; return its length."""
+    server.script = [Cut(800_000), 404]
+    with pytest.raises(ModelSourceError):
+        await get(server, partial)
+    server.requests.clear()
+    have = partial.stat().st_size
+    assert 0 < have <= 800_000
+    return have
+
+
+async def test_a_later_run_goes_on_where_an_earlier_one_stopped(
+    server: FileServer, partial: Path
+) -> None:
+    have = await stop_early(server, partial)
+    await get(server, partial)
+    assert ranges(server) == [f"bytes={have}-"]
+    assert partial.read_bytes() == CONTENT
+
+
+async def test_a_cancelled_run_keeps_what_it_has(
     server: FileServer, partial: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_download, "RETRY_DELAYS", (60.0,))
-    server.cuts = [600_000]
-    server.statuses = []
+    monkeypatch.setattr(http_download, "RETRY_DELAYS", (600.0,))
+    server.script = [Cut(800_000), 503]
     task = asyncio.create_task(get(server, partial))
-    while not server.requests or partial.exists() is False or partial.stat().st_size == 0:
-        await asyncio.sleep(0.01)
-    server.statuses = [503] * 9  # keep it from finishing
     while len(server.requests) < 2:
         await asyncio.sleep(0.01)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     have = partial.stat().st_size
-    assert 0 < have < len(CONTENT)
-    server.statuses = []
     server.requests.clear()
+    server.script = []
     await get(server, partial)
     assert ranges(server) == [f"bytes={have}-"]
     assert partial.read_bytes() == CONTENT
-
-
-async def stop_early(server: FileServer, partial: Path) -> int:
-    """Leave a partial file behind, as an interrupted run does."""
-    server.cuts, server.statuses = [800_000], []
-    refusing = asyncio.create_task(get(server, partial))
-    while not server.requests:
-        await asyncio.sleep(0.005)
-    server.statuses = [404]
-    with pytest.raises(ModelSourceError):
-        await refusing
-    server.requests.clear()
-    return partial.stat().st_size
 
 
 async def test_a_file_that_changed_meanwhile_is_fetched_anew(
@@ -208,7 +210,7 @@ async def test_a_body_without_a_length_is_bounded_by_the_disk(
 async def test_a_refusal_is_final(
     server: FileServer, partial: Path, status: int, reason: str
 ) -> None:
-    server.statuses = [status] * 5
+    server.script = [status] * 5
     with pytest.raises(ModelSourceError, match=reason):
         await get(server, partial)
     assert len(server.requests) == 1
@@ -217,11 +219,11 @@ async def test_a_refusal_is_final(
 async def test_a_busy_server_is_asked_again_but_not_for_ever(
     server: FileServer, partial: Path
 ) -> None:
-    server.statuses = [503, 429]
+    server.script = [503, 429]
     await get(server, partial)
     assert len(server.requests) == 3
     partial.unlink()
-    server.statuses = [503] * 100
+    server.script = [503] * 100
     with pytest.raises(ModelSourceError, match="503"):
         await get(server, partial)
     assert len(server.requests) == 3 + http_download.MAX_UNPRODUCTIVE_ATTEMPTS

@@ -10,6 +10,13 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 
+@dataclass(frozen=True)
+class Cut:
+    """An answer that breaks off after so many bytes of its body."""
+
+    length: int
+
+
 @dataclass
 class FileServer:
     """What the next answers are like, and what was asked."""
@@ -19,10 +26,8 @@ class FileServer:
     etag: str | None = '"v1"'
     honour_range: bool = True
     say_length: bool = True
-    cuts: list[int] = field(default_factory=list)
-    """Bytes after which each of the next answers breaks off."""
-    statuses: list[int] = field(default_factory=list)
-    """Statuses of the next answers; afterwards the file is given."""
+    script: list[Cut | int] = field(default_factory=list)
+    """The next answers: broken off, or with a status only; afterwards the file is given."""
     redirect_to: str | None = None
     wrong_range: bool = False
     encoding: str | None = None
@@ -32,8 +37,9 @@ class FileServer:
         self.requests.append(dict(request.headers))
         if self.redirect_to is not None and request.path == "/model.gguf":
             raise web.HTTPFound(self.redirect_to)
-        if self.statuses:
-            return web.Response(status=self.statuses.pop(0))
+        answer = self.script.pop(0) if self.script else None
+        if isinstance(answer, int):
+            return web.Response(status=answer)
         start, response = 0, web.StreamResponse()
         asked = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
         unchanged = request.headers.get("If-Range") in (None, self.etag)
@@ -55,8 +61,8 @@ class FileServer:
         else:
             response.enable_chunked_encoding()
         await response.prepare(request)
-        if self.cuts:
-            await response.write(body[: self.cuts.pop(0)])
+        if answer is not None:
+            await response.write(body[: answer.length])
             assert request.transport is not None
             request.transport.close()
             return response
