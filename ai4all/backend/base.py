@@ -5,11 +5,15 @@ from __future__ import annotations
 import abc
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ai4all.errors import UnsupportedTask
 from ai4all.types.model import DeviceInfo, ModelFile
 from ai4all.types.task import Fingerprint, FinishReason, Usage
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 __all__ = [
     "Capabilities",
