@@ -237,13 +237,15 @@ class Ledger:
     ) -> Assigned | None:
         """Give a worker a block that suits it, or any, so that it can say why not.
 
-        A worker that asks although blocks from its earlier sessions fill it has lost those.
+        Blocks that it holds from an earlier session may never have reached it, and without
+        ``reconcile`` nobody can know. It is given them again when there is nothing else, or when
+        they fill it: to a worker that has them, that is a repetition without a meaning.
         """
         held = self.held_by(worker_id)
-        if len(held) >= capacity:
-            for block_id in held:
-                if self._leased[block_id].session_id != session_id:
-                    self._requeue(block_id, now, "its worker came back without it")
+        if len(held) >= capacity or not self._waiting:
+            stale = (b for b in held if self._leased[b].session_id != session_id)
+            if (block_id := next(stale, None)) is not None:
+                self._requeue(block_id, now, "its worker came back and asked for work")
         if not self._waiting:
             return None
         suited = (b for b in self._waiting if self._blocks[b].task.task_type in offers)

@@ -383,7 +383,8 @@ class EmbeddedCoordinator:
         except ConnectionClosed as exc:
             if exc.rcvd is not None and exc.rcvd.reason:
                 reason = f"the worker closed the connection: {exc.rcvd.reason}"
-            if exc.sent is not None and exc.sent.code in _CLOSE_FOR_VIOLATION:
+            ours = exc.sent is not None and not exc.rcvd_then_sent
+            if ours and exc.sent is not None and exc.sent.code in _CLOSE_FOR_VIOLATION:
                 # Found by the library before the frame came to us.
                 reason = f"closed with {exc.sent.code}: {exc.sent.reason}"
                 self._violation(link.worker_id if link is not None else None, reason)
