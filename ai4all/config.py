@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
-import stat
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-import platformdirs
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -33,6 +29,13 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from ai4all.config_places import (
+    default_data_dir,
+    find_file,
+    read_environment,
+    read_file,
+    read_token,
+)
 from ai4all.errors import ConfigError
 from ai4all.models.sources import BENCHMARK_SHA256, BENCHMARK_SOURCE
 
@@ -52,16 +55,6 @@ __all__ = [
     "load_settings",
 ]
 
-APP_NAME = "ai4all-native"
-ENV_PREFIX = "AI4ALL_"
-CONFIG_FILE_VARIABLE = "AI4ALL_CONFIG"
-MAX_FILE_BYTES = 1 << 20
-MAX_TOKEN_BYTES = 16 << 10
-
-# Variables of ours that are no settings: of the build, of the tests, of this module.
-_OTHER_VARIABLES = frozenset(
-    {CONFIG_FILE_VARIABLE, "AI4ALL_LLAMA_SOURCE_DIR", "AI4ALL_TEST_MODEL", "AI4ALL_BUILD_DIR"}
-)
 _FLAGS = {"coordinator.url": "--coordinator", "worker.model": "--model"}
 _SECRETS = frozenset({"coordinator.token"})
 _TOKEN_PLACES = "set coordinator.token_file, or the variable AI4ALL_COORDINATOR_TOKEN"
@@ -78,7 +71,14 @@ def _from_commas(value: object) -> object:
 
 
 def _expand(value: object) -> object:
-    return Path(value).expanduser() if isinstance(value, str) and value else value
+    if not isinstance(value, str) or not value:
+        return value
+    if "\0" in value:
+        raise ValueError("must be a path")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
 
 
 def _no_credentials(url: str) -> str:
@@ -96,9 +96,7 @@ _WebSocketUrl = Annotated[
     StringConstraints(pattern=r"^wss?://[^\s]+$", max_length=2048),
     AfterValidator(_no_credentials),
 ]
-_Digest = Annotated[
-    str, StringConstraints(pattern=r"^[0-9A-Fa-f]{64}$"), AfterValidator(str.lower)
-]
+_Digest = Annotated[str, StringConstraints(pattern=r"^[0-9A-Fa-f]{64}$"), AfterValidator(str.lower)]
 _Uuid = Annotated[
     str, StringConstraints(pattern=r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$")
 ]
@@ -231,10 +229,6 @@ class LogSettings(_Section):
     """Rotated log files to keep."""
 
 
-def _default_data_dir() -> Path:
-    return platformdirs.user_data_path(APP_NAME, appauthor=False)
-
-
 class Settings(BaseSettings):
     """All settings. Made by ``load_settings``."""
 
@@ -245,7 +239,7 @@ class Settings(BaseSettings):
         "ubatch": "n_ubatch",
     }
 
-    data_dir: _Path = Field(default_factory=_default_data_dir)
+    data_dir: _Path = Field(default_factory=default_data_dir)
     """Directory of models, logs, results and this worker's identity."""
     coordinator: CoordinatorSettings = CoordinatorSettings()
     worker: WorkerSettings = WorkerSettings()
@@ -303,7 +297,7 @@ class Settings(BaseSettings):
             token = self.coordinator.token.get_secret_value().strip()
         elif self.coordinator.token_file is not None:
             key, origin = "coordinator.token_file", self.origin("coordinator.token_file")
-            token = _read_token(self.coordinator.token_file, key, origin)
+            token = read_token(self.coordinator.token_file, key, origin)
         else:
             return None
         if not token or not token.isascii() or not token.isprintable() or " " in token:
@@ -365,10 +359,11 @@ def load_settings(
         _check_key(key, origin)
         values[key], origins[key] = value, origin
 
-    from_environment = list(_read_environment(environ))
-    path = _find_file(config_file, flags, environ)
+    keys = _keys()
+    from_environment = list(read_environment(environ, keys))
+    path = find_file(config_file, flags, environ)
     if path is not None:
-        for key, value, origin in _read_file(path):
+        for key, value, origin in read_file(path, keys):
             put(key, value, origin)
     for key, value, origin in from_environment:
         put(key, value, origin)
@@ -472,112 +467,6 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
         holder = nested.setdefault(section, {}) if section else nested
         holder[name] = value
     return nested
-
-
-# Places.
-
-
-def _read_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    variables = {ENV_PREFIX + key.upper().replace(".", "_"): key for key in _keys()}
-    sections = {name for name in (key.partition(".")[0] for key in _keys()) if name}
-    for variable, text in sorted(environ.items()):
-        if not variable.startswith(ENV_PREFIX) or variable in _OTHER_VARIABLES:
-            continue
-        origin = f"variable {variable}"
-        if variable in variables:
-            if text:  # an empty variable is one that is not set
-                yield variables[variable], text, origin
-            continue
-        near = difflib.get_close_matches(variable, variables, 1, 0.85)
-        of_section = variable.removeprefix(ENV_PREFIX).partition("_")[0].lower() in sections
-        # Other programs of the network may have variables of this prefix: only what looks
-        # like one of ours gone wrong is an error.
-        if near or of_section:
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError("", f"{variable} is not a setting{hint}", "the environment")
-
-
-def _find_file(
-    given: Path | str | None, flags: Mapping[str, Any], environ: Mapping[str, str]
-) -> Path | None:
-    named = given or environ.get(CONFIG_FILE_VARIABLE)
-    if named:
-        return Path(named).expanduser()
-    data_dir = flags.get("data_dir") or environ.get(ENV_PREFIX + "DATA_DIR") or _default_data_dir()
-    directories = (
-        Path(data_dir).expanduser(),
-        platformdirs.user_config_path(APP_NAME, appauthor=False),
-    )
-    for directory in directories:
-        path = directory / "config.toml"
-        if path.is_file():
-            return path
-    return None
-
-
-def _read_file(path: Path) -> Iterator[tuple[str, Any, str]]:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigError("", f"the configuration cannot be read: {reason}", str(path)) from error
-    if len(raw) > MAX_FILE_BYTES:
-        raise ConfigError("", f"is longer than {MAX_FILE_BYTES} bytes", str(path))
-    try:
-        text = raw.decode()
-        tables = tomllib.loads(text)
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError("", f"is not valid TOML: {error}", str(path)) from error
-    places = _line_numbers(text)
-
-    def origin(key: str) -> str:
-        line = places.get(key)
-        return f"{path}, line {line}" if line else str(path)
-
-    sections = {key.partition(".")[0] for key in _keys() if "." in key}
-    for name, value in tables.items():
-        if isinstance(value, dict):
-            for inner, inner_value in value.items():
-                key = f"{name}.{inner}"
-                yield key, inner_value, origin(key)
-        elif name in sections:
-            raise ConfigError(name, f"must be a table: [{name}]", origin(name))
-        else:
-            yield name, value, origin(name)
-
-
-_HEADER = re.compile(r"\s*\[\s*\"?([\w-]+)\"?\s*\]")
-_ASSIGNMENT = re.compile(r"\s*\"?([\w-]+)\"?\s*(?:\.\s*\"?([\w-]+)\"?\s*)?=")
-
-
-def _line_numbers(text: str) -> dict[str, int]:
-    """Dotted key to line, for the ways in which people write TOML; the rest goes without."""
-    found: dict[str, int] = {}
-    section = ""
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := _HEADER.match(line):
-            section = header[1]
-        elif assignment := _ASSIGNMENT.match(line):
-            parts = [part for part in (section, assignment[1], assignment[2]) if part]
-            found.setdefault(".".join(parts), number)
-    return found
-
-
-def _read_token(path: Path, key: str, origin: str) -> str:
-    try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            raw = file.read(MAX_TOKEN_BYTES + 1)
-    except OSError as error:
-        problem = f"{path} cannot be read: {error.strerror or error}"
-        raise ConfigError(key, problem, origin) from error
-    if stat.S_IMODE(status.st_mode) & 0o077:
-        raise ConfigError(key, f"others can read {path}; run: chmod 600 {path}", origin)
-    try:
-        return raw.decode("ascii").strip() if len(raw) <= MAX_TOKEN_BYTES else ""
-    except UnicodeDecodeError:
-        return ""
 
 
 # Faults, in words.

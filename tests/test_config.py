@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from ai4all import config
+from ai4all import config_places
 from ai4all.backend.base import EngineOptions
 from ai4all.config import Settings, default_toml, explain, load_settings
 from ai4all.errors import ConfigError
@@ -16,8 +16,12 @@ from ai4all.models.sources import BENCHMARK_SHA256, BENCHMARK_SOURCE
 
 @pytest.fixture(autouse=True)
 def _no_files_of_this_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config.platformdirs, "user_config_path", lambda *a, **k: tmp_path / "etc")
-    monkeypatch.setattr(config.platformdirs, "user_data_path", lambda *a, **k: tmp_path / "share")
+    monkeypatch.setattr(
+        config_places.platformdirs, "user_config_path", lambda *a, **k: tmp_path / "etc"
+    )
+    monkeypatch.setattr(
+        config_places.platformdirs, "user_data_path", lambda *a, **k: tmp_path / "share"
+    )
 
 
 def from_toml(tmp_path: Path, text: str, **more: Any) -> Settings:
@@ -132,6 +136,8 @@ def test_where_the_file_is_looked_for(tmp_path: Path) -> None:
         ("[worker]\nid = 'me'", "worker.id", "must be a UUID", 2),
         ("[models]\nbenchmark_sha256 = 'x'", "models.benchmark_sha256", "64 hexadecimal", 2),
         ("[models]\nallowed_sources = [1]", "models.allowed_sources", "must be text", 2),
+        ('data_dir = "a\\u0000b"', "data_dir", "must be a path", 1),
+        ("data_dir = '~nobody-of-this-name/x'", "data_dir", "home", 1),
         ("[log]\nlevel = 'loud'", "log.level", "'debug', 'info', 'warning' or 'error'", 2),
         ("[log]\njson = 'so'", "log.json", "true or false", 2),
         ("[log]\nas_json = true", "log.as_json", "log.json", 2),
@@ -183,6 +189,12 @@ def test_variables_of_others_are_left_alone() -> None:
     load_settings(
         environ={"AI4ALL_LLAMA_SOURCE_DIR": "x", "AI4ALL_TEST_MODEL": "x", "AI4ALL_PORTAL": "y"}
     )
+
+
+def test_a_home_that_nobody_has() -> None:
+    for flags, file in (({"data_dir": "~nobody-of-this-name"}, None), ({}, "~nobody-of-this-name")):
+        with pytest.raises(ConfigError, match="home"):
+            load_settings(file, flags, environ={})
 
 
 def test_a_flag_gone_wrong() -> None:

