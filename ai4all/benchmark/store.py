@@ -59,7 +59,7 @@ class BenchmarkStore:
         kept = [*self.history(), result][-self._history_limit :]
         lines = "".join(_dump(each) + "\n" for each in kept)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _replace(self.history_path, lines)
             _replace(self.latest_path, _dump(result, indent=2) + "\n")
         except OSError as error:

@@ -77,18 +77,17 @@ def print_result(
     result: BenchmarkResult, previous: BenchmarkResult | None, path: Path, console: Console
 ) -> None:
     """Print the tables of one run and its change against ``previous``."""
-    prompts = Table(title=f"Prompts: {result.model} on {result.key.device}")
-    for heading in ("prompt", "tokens in", "tokens out", "first token", "whole"):
-        prompts.add_column(heading, justify="left" if heading == "prompt" else "right")
-    prompts.add_column("prompt speed", justify="right")
-    prompts.add_column("decode speed", justify="right")
+    prompts = Table(title=f"Prompts: {result.model} on {result.key.device}, times in ms")
+    prompts.add_column("prompt")
+    for heading in ("in", "out", "first token", "whole", "prompt tok/s", "decode tok/s"):
+        prompts.add_column(heading, justify="right")
     for row in result.prompts:
         prompts.add_row(
             row.name,
             str(row.prompt_tokens),
             str(row.completion_tokens),
-            f"{row.time_to_first_token_ms:.1f} ms",
-            f"{row.total_ms:.0f} ms",
+            f"{row.time_to_first_token_ms:.1f}",
+            f"{row.total_ms:.1f}",
             _rate(row.prompt_tokens_per_second),
             _rate(row.decode_tokens_per_second),
         )
@@ -125,7 +124,7 @@ def print_result(
 
 
 def _rate(tokens_per_second: float | None) -> str:
-    return f"{tokens_per_second:.1f} tok/s" if tokens_per_second is not None else "-"
+    return f"{tokens_per_second:.1f}" if tokens_per_second is not None else "-"
 
 
 def _change(now: float, before: float | None) -> str:

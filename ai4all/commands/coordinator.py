@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from pathlib import Path
 
 from rich.console import Console
@@ -49,14 +48,21 @@ def run_coordinator(
 
 
 async def _serve(coordinator: EmbeddedCoordinator, results: Path, console: Console) -> None:
-    async with coordinator:
-        _say(console, f"listening on {coordinator.url}, {coordinator.unfinished} tasks to do")
-        finished = asyncio.ensure_future(coordinator.finished())
-        try:
-            with on_stop_signals(finished.cancel), contextlib.suppress(asyncio.CancelledError):
-                await finished
-        finally:
-            finished.cancel()
+    stopped = asyncio.Event()
+    # Before anybody is told that it listens: whoever knows that may send a signal.
+    with on_stop_signals(stopped.set):
+        async with coordinator:
+            _say(console, f"listening on {coordinator.url}, {coordinator.unfinished} tasks to do")
+            waits = [
+                asyncio.ensure_future(each) for each in (coordinator.finished(), stopped.wait())
+            ]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                if waits[0].done():
+                    await waits[0]
+            finally:
+                for wait in waits:
+                    wait.cancel()
     if coordinator.unfinished:
         _say(console, f"stopped with {coordinator.unfinished} tasks to do; start again to go on")
     else:

@@ -104,10 +104,12 @@ async def _demo(
     if not as_json:
         prompts = {str(task.block_id): str(task.input["prompt"]) for task in tasks}
         screen = DemoScreen(stdout_console(), prompts)
+    benchmark = benchmarks.latest()
+    if screen is not None and benchmark is not None:
+        screen.print_benchmark(benchmark)
     outcomes, build = await _compute(environment, settings, station, benchmarks, tasks, screen)
     if screen is not None:
         screen.print_table()
-    benchmark = benchmarks.latest()
     return {
         "results": [_row(task, outcomes) for task in tasks],
         "benchmark": benchmark.model_dump(mode="json") if benchmark is not None else None,

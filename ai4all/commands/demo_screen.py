@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from ai4all.types.task import TaskResult, TextCompletionOutput
+from ai4all.benchmark.scores import BenchmarkResult
+from ai4all.types.task import TaskResult, TextCompletionOutput, Usage
 from ai4all.worker_events import (
     BlockAcknowledged,
     BlockFinished,
@@ -44,7 +45,7 @@ class DemoScreen:
             case LinkUp(session_id):
                 self._say(f"registered with the coordinator, session {session_id}")
             case LinkDown(reason):
-                self._say(f"link down: {reason}")
+                self._say(f"\nlink closed: {reason}")
             case BlockStarted(block_id, task_type, model_id):
                 self._say(f"\n{block_id}: {task_type} with model {model_id}", style="bold")
                 self._say(self.prompts.get(block_id, ""), style="dim")
@@ -60,26 +61,34 @@ class DemoScreen:
                 if not accepted:
                     self._say(f"{block_id} was refused: {error}", style="red")
 
+    def print_benchmark(self, benchmark: BenchmarkResult) -> None:
+        """Print what this machine registers with."""
+        scores = benchmark.scores
+        self._say(
+            f"benchmark: {scores.tokens_per_second:.1f} tok/s, first token after "
+            f"{scores.time_to_first_token_ms:.1f} ms, composite {scores.composite:.2f}"
+        )
+
     def print_table(self) -> None:
         """Print one row for each block."""
-        table = Table(title="Blocks")
+        table = Table(title="Blocks, times in ms")
         table.add_column("block")
         table.add_column("accepted")
-        for heading in ("tokens", "queue", "load", "prompt", "first token", "total", "speed"):
+        for heading in ("in", "out", "queue", "load", "prompt", "first token", "total", "tok/s"):
             table.add_column(heading, justify="right")
         for block_id, result in self.finished.items():
-            metrics = result.metrics
-            speed = metrics.tokens_per_second
+            metrics, usage = result.metrics, _usage(result)
             table.add_row(
                 block_id,
                 "yes" if self.accepted.get(block_id) else "no",
-                "-" if metrics.tokens_processed is None else str(metrics.tokens_processed),
-                _ms(metrics.queue_time_ms),
-                _ms(metrics.load_time_ms),
-                _ms(metrics.prompt_time_ms),
-                _ms(metrics.time_to_first_token_ms),
-                _ms(metrics.total_time_ms),
-                "-" if speed is None else f"{speed:.1f} tok/s",
+                "-" if usage is None else str(usage.prompt_tokens),
+                "-" if usage is None else str(usage.completion_tokens),
+                _figure(metrics.queue_time_ms),
+                _figure(metrics.load_time_ms),
+                _figure(metrics.prompt_time_ms),
+                _figure(metrics.time_to_first_token_ms),
+                _figure(metrics.total_time_ms),
+                _figure(metrics.tokens_per_second),
             )
         self.console.print(table)
 
@@ -91,8 +100,9 @@ def _figures(result: TaskResult) -> str:
     if result.error is not None:
         return f"failed: {result.error.code.value}: {result.error.message}"
     parts = []
-    if isinstance(result.output, TextCompletionOutput):
-        parts.append(f"{result.output.usage.completion_tokens} tokens")
+    usage = _usage(result)
+    if usage is not None:
+        parts.append(f"{usage.completion_tokens} tokens")
     if result.metrics.time_to_first_token_ms is not None:
         parts.append(f"first token after {result.metrics.time_to_first_token_ms:.1f} ms")
     if result.metrics.tokens_per_second is not None:
@@ -100,5 +110,9 @@ def _figures(result: TaskResult) -> str:
     return ", ".join(parts)
 
 
-def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f} ms"
+def _usage(result: TaskResult) -> Usage | None:
+    return result.output.usage if isinstance(result.output, TextCompletionOutput) else None
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

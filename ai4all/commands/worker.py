@@ -48,37 +48,68 @@ def run_worker(
     link = link_options(settings)
     prepare_data_dir(settings.data_dir)
     configure_logging(settings)
-    asyncio.run(_work(environment, settings, link))
+    asyncio.run(_run_until_stopped(environment, settings, link))
 
 
-async def _work(environment: Environment, settings: Settings, link: LinkOptions) -> None:
+async def _run_until_stopped(
+    environment: Environment, settings: Settings, link: LinkOptions
+) -> None:
+    """Prepare and work; a signal ends either, and ends it well."""
+    worker: Worker | None = None
+    stopped_early = False
+    task = asyncio.current_task()
+    assert task is not None
+
+    def stop() -> None:
+        nonlocal stopped_early
+        if worker is not None:
+            worker.stop()
+        else:
+            stopped_early = True
+            task.cancel()
+
+    with on_stop_signals(stop):
+        try:
+            async with contextlib.AsyncExitStack() as held:
+                worker = await _prepare(environment, settings, link, held)
+                await worker.run()
+        except asyncio.CancelledError:
+            if not stopped_early:
+                raise
+            # What the first run has done so far is kept, and the next start goes on there.
+            task.uncancel()
+
+
+async def _prepare(
+    environment: Environment,
+    settings: Settings,
+    link: LinkOptions,
+    held: contextlib.AsyncExitStack,
+) -> Worker:
     station = await prepare_station(environment, settings, stderr_console())
-    async with contextlib.AsyncExitStack() as held:
-        spool = await asyncio.to_thread(Spool.open, settings.data_dir / _SPOOL_FILE)
-        await held.enter_async_context(spool)
-        backend = await held.enter_async_context(environment.open_backend())
-        score = BenchmarkStore(settings.data_dir).registration_score(
-            station.model.sha256, backend.capabilities().engine_build
-        )
-        reconnect = settings.coordinator
-        backoff = Backoff(
-            reconnect.reconnect_interval_ms,
-            jitter=reconnect.reconnect_jitter,
-            max_attempts=reconnect.max_reconnect_attempts,
-        )
-        options = WorkerOptions(
-            worker_id=station.worker_id,
-            benchmark_score=score,
-            max_concurrent_tasks=settings.worker.max_concurrent_tasks,
-            engine=settings.engine_options(),
-            preload=station.model,
-            stop_grace=settings.worker.stop_grace_seconds,
-            progress_interval=settings.worker.progress_interval_ms / 1000.0,
-            session=session_options(settings),
-        )
-        worker = Worker(backend, station.store, spool, link, Attempts(backoff), options)
-        with on_stop_signals(worker.stop):
-            await worker.run()
+    # Not in a thread: nothing else runs yet, and a stop in between would leave it open.
+    await held.enter_async_context(Spool.open(settings.data_dir / _SPOOL_FILE))
+    backend = await held.enter_async_context(environment.open_backend())
+    score = BenchmarkStore(settings.data_dir).registration_score(
+        station.model.sha256, backend.capabilities().engine_build
+    )
+    reconnect = settings.coordinator
+    backoff = Backoff(
+        reconnect.reconnect_interval_ms,
+        jitter=reconnect.reconnect_jitter,
+        max_attempts=reconnect.max_reconnect_attempts,
+    )
+    options = WorkerOptions(
+        worker_id=station.worker_id,
+        benchmark_score=score,
+        max_concurrent_tasks=settings.worker.max_concurrent_tasks,
+        engine=settings.engine_options(),
+        preload=station.model,
+        stop_grace=settings.worker.stop_grace_seconds,
+        progress_interval=settings.worker.progress_interval_ms / 1000.0,
+        session=session_options(settings),
+    )
+    return Worker(backend, station.store, spool, link, Attempts(backoff), options)
 
 
 def link_options(settings: Settings) -> LinkOptions:

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from command_line import Cli
+
+
+def test_a_model_is_pulled_listed_verified_and_removed(
+    cli: Cli, tiny_model: Path, data_dir: Path
+) -> None:
+    sha256 = hashlib.sha256(tiny_model.read_bytes()).hexdigest()
+    pulled = cli("models", "pull", "mine", f"file:{tiny_model}", "--sha256", sha256, "--json")
+    assert (pulled.status, pulled.err) == (0, "")
+    assert pulled.json["sha256"] == sha256
+    path = Path(pulled.json["path"])
+    assert path.is_relative_to(data_dir)
+
+    (row,) = cli("models", "list", "--json").json["models"]
+    assert (row["model_id"], row["sha256"], row["present"]) == ("mine", sha256, True)
+    assert "mine" in cli("models", "list").out
+
+    verified = cli("models", "verify", "--json")
+    assert verified.status == 0
+    assert verified.json == {"models": [{"model_id": "mine", "ok": True, "problem": None}]}
+
+    removed = cli("models", "remove", "mine", "--json")
+    assert (removed.status, removed.json) == (0, {"removed": "mine"})
+    assert not path.exists()
+    assert cli("models", "list", "--json").json == {"models": []}
+
+
+def test_a_changed_file_fails_the_verification(cli: Cli, tiny_model: Path) -> None:
+    pulled = cli("models", "pull", "mine", f"file:{tiny_model}", "--json")
+    path = Path(pulled.json["path"])
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    done = cli("models", "verify", "mine", "--json")
+    assert done.status == 1
+    assert done.json["models"][0]["ok"] is False
+    assert "sha256" in done.json["models"][0]["problem"]
+    path.unlink()
+    assert "missing" in cli("models", "verify").out
+    assert cli("models", "list", "--json").json["models"][0]["present"] is False
+
+
+def test_what_cannot_be_had_is_one_line(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+    for arguments, part in [
+        (["pull", "x", "nonsense"], "nonsense"),
+        (["pull", "x", f"file:{tmp_path}/absent"], "absent"),
+        (["pull", "x", f"file:{tiny_model}", "--sha256", "00" * 32], "sha256"),
+        (["verify", "absent"], "absent"),
+        (["remove", "absent"], "absent"),
+    ]:
+        done = cli("models", *arguments, "--json")
+        assert (done.status, done.out) == (1, "")
+        assert part in done.error_line

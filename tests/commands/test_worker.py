@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+import ujson
+from command_line import Cli, fake_command
+
+from ai4all.coordinator import EmbeddedCoordinator, EventKind, TaskSpec
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([], "--coordinator"),
+        (["--coordinator", "nonsense"], "coordinator.url"),
+        (["--coordinator", "http://127.0.0.1:1"], "wss://"),
+        (["--coordinator", "ws://example.org:1"], "ws://"),
+        (["--coordinator", "ws://user:planted@127.0.0.1:1"], "coordinator.url"),
+    ],
+)
+def test_a_wrong_url_is_one_line_before_anything_happens(
+    cli: Cli, data_dir: Path, arguments: list[str], part: str
+) -> None:
+    done = cli("worker", *arguments)
+    assert (done.status, done.out) == (2, "")
+    assert part in done.error_line
+    assert "planted" not in done.err
+    assert not data_dir.exists()
+
+
+def test_an_absent_model_is_one_line_and_costs_no_download(cli: Cli, data_dir: Path) -> None:
+    done = cli("worker", "--coordinator", "ws://127.0.0.1:1", "--model", "absent")
+    assert done.status == 1
+    assert "'absent'" in done.error_line
+    assert list((data_dir / "models").glob("*.gguf")) == []
+
+
+def test_certificates_that_are_none_are_named(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ca.pem").write_text("no certificate")
+    monkeypatch.setenv("AI4ALL_COORDINATOR_CA_FILE", str(tmp_path / "ca.pem"))
+    done = cli("worker", "--coordinator", "wss://127.0.0.1:1")
+    assert done.status == 2
+    assert "AI4ALL_COORDINATOR_CA_FILE" in done.error_line
+
+
+def test_attempts_that_run_out_are_one_clear_end(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AI4ALL_COORDINATOR_MAX_RECONNECT_ATTEMPTS", "1")
+    monkeypatch.setenv("AI4ALL_COORDINATOR_RECONNECT_INTERVAL_MS", "1")
+    monkeypatch.setenv("AI4ALL_LOG_LEVEL", "error")
+    with socket.socket() as taken:
+        # Bound and not listening: a port that refuses for as long as the test holds it.
+        taken.bind(("127.0.0.1", 0))
+        url = f"ws://127.0.0.1:{taken.getsockname()[1]}"
+        done = cli("worker", "--coordinator", url)
+    assert done.status == 1
+    assert "Traceback" not in done.err
+    assert "gave up after" in done.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+async def test_a_worker_does_its_blocks_and_a_signal_ends_it_with_0(
+    data_dir: Path, stop: signal.Signals
+) -> None:
+    tasks = [TaskSpec(input={"prompt": f"p{n}", "max_tokens": 4}) for n in range(3)]
+    async with EmbeddedCoordinator(tasks) as coordinator:
+        process = await asyncio.create_subprocess_exec(
+            *fake_command("worker", "--coordinator", coordinator.url),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        await coordinator.finished()
+        process.send_signal(stop)
+        out, err = await process.communicate()
+    assert process.returncode == 0, err.decode()
+    assert out == b""
+    assert b"Traceback" not in err
+    assert [outcome.accepted for outcome in coordinator.outcomes.values()] == [True] * 3
+    (worker_id,) = {outcome.worker_id for outcome in coordinator.outcomes.values()}
+    assert worker_id == (data_dir / "worker_id").read_text().strip()
+    assert coordinator.violations() == []
+    # What people sent is in no log.
+    logged = (data_dir / "logs" / "ai4all-native.jsonl").read_text()
+    assert [ujson.loads(line) for line in logged.splitlines()]
+    assert "p0" not in {word for line in logged.splitlines() for word in line.split('"')}
+
+
+async def test_a_second_signal_ends_a_block_that_hangs(data_dir: Path) -> None:
+    started = asyncio.Event()
+    tasks = [TaskSpec(input={"prompt": "x", "max_tokens": 200})]
+
+    def watch(event: object) -> None:
+        if getattr(event, "kind", None) is EventKind.ASSIGNED:
+            started.set()
+
+    # The benchmark of the first run needs an engine that works.
+    prepared = await asyncio.create_subprocess_exec(
+        *fake_command("benchmark", "--json"), stdout=asyncio.subprocess.DEVNULL
+    )
+    assert await prepared.wait() == 0
+    async with EmbeddedCoordinator(tasks, on_event=watch) as coordinator:
+        process = await asyncio.create_subprocess_exec(
+            *fake_command("worker", "--coordinator", coordinator.url, hang_at=150),
+            stderr=asyncio.subprocess.PIPE,
+        )
+        await started.wait()
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        async for line in process.stderr:
+            if b"worker_stopping" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        err = await process.stderr.read()
+        assert await process.wait() == 0, err.decode()
+    assert b"Traceback" not in err
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_during_the_first_run_ends_it_with_0_and_the_next_start_goes_on(
+    data_dir: Path, stop: signal.Signals
+) -> None:
+    command = fake_command("worker", "--coordinator", "ws://127.0.0.1:1", hang_at=50)
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    assert process.stderr is not None
+    async for line in process.stderr:
+        if b"measuring this machine" in line:
+            break
+    process.send_signal(stop)
+    err = await process.stderr.read()
+    assert await process.wait() == 0, err.decode()
+    assert b"Traceback" not in err
+    assert not (data_dir / ".initialized").exists()
+    before = (data_dir / "worker_id").read_text()
+    again = await asyncio.create_subprocess_exec(
+        *fake_command("benchmark", "--json"), stdout=asyncio.subprocess.DEVNULL
+    )
+    assert await again.wait() == 0
+    assert (data_dir / ".initialized").exists()
+    assert (data_dir / "worker_id").read_text() == before
