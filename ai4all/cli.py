@@ -390,9 +390,6 @@ def main(arguments: Sequence[str] | None = None, environment: Environment | None
 
 def _fail(line: str, status: int) -> int:
     print(f"ai4all-native: {line}", file=sys.stderr)
-    if status == 130:
-        # The prompt of the shell should not stand behind half a line of output.
-        sys.stdout.flush()
     return status
 
 

@@ -88,7 +88,7 @@ async def _prepare(
 ) -> Worker:
     station = await prepare_station(environment, settings, stderr_console())
     # Not in a thread: nothing else runs yet, and a stop in between would leave it open.
-    await held.enter_async_context(Spool.open(settings.data_dir / _SPOOL_FILE))
+    spool = await held.enter_async_context(Spool.open(settings.data_dir / _SPOOL_FILE))
     backend = await held.enter_async_context(environment.open_backend())
     score = BenchmarkStore(settings.data_dir).registration_score(
         station.model.sha256, backend.capabilities().engine_build

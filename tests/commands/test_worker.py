@@ -63,6 +63,17 @@ def test_attempts_that_run_out_are_one_clear_end(cli: Cli, monkeypatch: pytest.M
     assert "gave up after" in done.err.splitlines()[-1]
 
 
+async def coordinator_or_end(
+    coordinator: EmbeddedCoordinator, process: asyncio.subprocess.Process
+) -> None:
+    """Wait until the work is done, or the worker has failed to do it."""
+    waits = [asyncio.ensure_future(each) for each in (coordinator.finished(), process.wait())]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+    assert process.returncode is None, "the worker ended before its work was done"
+
+
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 async def test_a_worker_does_its_blocks_and_a_signal_ends_it_with_0(
     data_dir: Path, stop: signal.Signals
@@ -74,7 +85,7 @@ async def test_a_worker_does_its_blocks_and_a_signal_ends_it_with_0(
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
-        await coordinator.finished()
+        await coordinator_or_end(coordinator, process)
         process.send_signal(stop)
         out, err = await process.communicate()
     assert process.returncode == 0, err.decode()
