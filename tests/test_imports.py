@@ -31,7 +31,6 @@ ROOM_OF_FILE = {
     "blocks": "worker",
     "self_description": "worker",
     "tasks": "worker",
-    "worker_events": "worker",
     "commands": "cli",
 }
 STOREY_OF = {room: number for number, rooms in enumerate(STOREYS) for room in rooms}
@@ -77,9 +76,16 @@ def all_imports() -> list[Import]:
     ]
 
 
+def room_of(name: str) -> str:
+    """``config_x`` is a part of the room ``config``."""
+    if name in ROOM_OF_FILE:
+        return ROOM_OF_FILE[name]
+    whole, _, part = name.partition("_")
+    return whole if part and whole in STOREY_OF else name
+
+
 def room_of_file(file: str) -> str:
-    first = Path(file).parts[0].removesuffix(".py")
-    return ROOM_OF_FILE.get(first, first)
+    return room_of(Path(file).parts[0].removesuffix(".py"))
 
 
 def room_of_module(module: str) -> str | None:
@@ -90,7 +96,7 @@ def room_of_module(module: str) -> str | None:
     if name.startswith("__"):
         return "version"
     # The extension belongs to the room of its one door.
-    return "backend" if name == "_engine" else ROOM_OF_FILE.get(name, name)
+    return "backend" if name == "_engine" else room_of(name)
 
 
 def wrong_way(found: Import) -> bool:

@@ -9,16 +9,10 @@ them, and a frame of any type that the first protocol does not name is a violati
 from __future__ import annotations
 
 import asyncio
-import errno
-import hmac
-import http
-import ipaddress
-import logging
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, Self
@@ -27,18 +21,16 @@ import structlog
 import ujson
 from websockets.asyncio.server import Server, ServerConnection, broadcast, serve
 from websockets.exceptions import ConnectionClosed
-from websockets.http11 import Request, Response
 
 from ai4all.coordinator.history import Event, EventKind
 from ai4all.coordinator.ledger import LeaseRules, Ledger, Outcome
+from ai4all.coordinator.links import Violation, WorkerLink, read_frame
+from ai4all.coordinator.listening import asks_for, check_host, listen_problem, socket_log
 from ai4all.coordinator.results import ResultsFile, digest_of
 from ai4all.coordinator.tasks import TaskSpec, name, named, read_tasks
-from ai4all.errors import ConfigError, RemoteProtocolError
+from ai4all.errors import ConfigError
 from ai4all.protocol.codec import (
-    ForeignVersion,
     Limits,
-    UnknownMessage,
-    decode_client_message,
     encode,
 )
 from ai4all.protocol.messages import (
@@ -61,17 +53,11 @@ from ai4all.protocol.messages import (
     RequestWork,
     ResultAck,
     SubmitResult,
-    WorkerCapabilities,
-    WorkerStatus,
 )
 
 __all__ = ["EmbeddedCoordinator", "WorkerLink"]
 
 _log = structlog.get_logger(__name__)
-
-# A handshake that failed is the peer's matter, and the library logs it with a traceback.
-_socket_log = logging.getLogger("ai4all.coordinator.websocket")
-_socket_log.addFilter(lambda record: "handshake failed" not in str(record.msg))
 
 _CLOSE_POLICY: Final = 1008
 _CLOSE_REPLACED: Final = 4001
@@ -82,34 +68,6 @@ _MAX_UNSENT_BYTES: Final = 16 * 1024 * 1024
 _SILENT_INTERVALS: Final = 3
 _REGISTER_WITHIN_S: Final = 10.0
 _CLOSE_WITHIN_S: Final = 2.0
-_SEED_TYPES: Final = (Register, Heartbeat, RequestWork, SubmitResult)
-
-
-@dataclass(slots=True, eq=False)
-class WorkerLink:
-    """One registered connection.
-
-    Attributes:
-        worker_id: Who it is.
-        session_id: Which connection of his.
-        capabilities: What he said that he can do.
-        benchmark_score: What he said that he scored.
-        extensions: What both sides speak.
-        last_heard: When the last valid frame came, by the monotonic clock.
-        status: What the last heartbeat said.
-        heartbeats: How many came.
-    """
-
-    socket: ServerConnection = field(repr=False)
-    worker_id: str
-    session_id: str
-    capabilities: WorkerCapabilities
-    benchmark_score: float | None
-    extensions: frozenset[str]
-    last_heard: float
-    status: WorkerStatus | None = None
-    heartbeats: int = 0
-    replaced: bool = False
 
 
 class EmbeddedCoordinator:
@@ -157,7 +115,7 @@ class EmbeddedCoordinator:
         max_message_bytes: int = 1024 * 1024,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        _check_host(host, allow_remote=allow_remote)
+        check_host(host, allow_remote=allow_remote)
         self.history: list[Event] = []
         self.links: dict[str, WorkerLink] = {}
         self._tasks = read_tasks(tasks) if isinstance(tasks, Path) else named(tasks)
@@ -231,15 +189,15 @@ class EmbeddedCoordinator:
                 self._port,
                 compression=None,
                 max_size=self._limits.max_bytes,
-                process_request=self._authorize,
+                process_request=asks_for(self._token),
                 # A page in somebody's browser has no business here.
                 origins=[None],
                 close_timeout=_CLOSE_WITHIN_S,
-                logger=_socket_log,
+                logger=socket_log,
             )
         except OSError as exc:
             self._close_file()
-            raise ConfigError("port", _listen_problem(exc), f"{self._host}:{self._port}") from exc
+            raise ConfigError("port", listen_problem(exc), f"{self._host}:{self._port}") from exc
         self._port = next(iter(self._server.sockets)).getsockname()[1]
         self._after()
 
@@ -329,16 +287,6 @@ class EmbeddedCoordinator:
             self._file.close(finished=self._ledger.unfinished == 0)
             self._file = None
 
-    def _authorize(self, connection: ServerConnection, request: Request) -> Response | None:
-        if self._token is None:
-            return None
-        values = request.headers.get_all("Authorization")
-        scheme, _, given = values[0].partition(" ") if len(values) == 1 else ("", "", "")
-        known = hmac.compare_digest(given.strip().encode(), self._token.encode())
-        if scheme.lower() == "bearer" and known:
-            return None
-        return connection.respond(http.HTTPStatus.UNAUTHORIZED, "a valid token is needed\n")
-
     def _arm(self) -> None:
         """See to it that ``_expire`` runs when the next thing is due."""
         times = [at for at in (self._ledger.next_deadline(), self._silent_at()) if at is not None]
@@ -403,13 +351,9 @@ class EmbeddedCoordinator:
             return None
         message = self._read(frame, None)
         if not isinstance(message, Register):
-            code, text = "not_registered", "the first message must be Register"
-            if isinstance(message, Error):
-                code, text = message.code, message.message
-            elif message is not None:
-                self._violation(None, f"{message.type} before Register")
-            await socket.send(self._frame(Error(code=code, message=text)))
-            await socket.close(_CLOSE_POLICY, code)
+            assert isinstance(message, Error), "nothing else is allowed here"
+            await socket.send(self._frame(message))
+            await socket.close(_CLOSE_POLICY, message.code)
             return None
         now = time.monotonic()
         link = WorkerLink(
@@ -454,10 +398,9 @@ class EmbeddedCoordinator:
             if link.replaced:
                 return
             message = self._read(frame, link)
-            if message is None or isinstance(message, Error):
+            if isinstance(message, Error):
                 violations += 1
-                if isinstance(message, Error):
-                    self._queue(link.socket, message)
+                self._queue(link.socket, message)
             else:
                 link.last_heard = time.monotonic()
                 self._handle(link, message, link.last_heard)
@@ -474,35 +417,13 @@ class EmbeddedCoordinator:
         self._note(Event(EventKind.DISCONNECTED, now, link.worker_id, detail=reason))
         self._ledger.disconnected(link.worker_id, now, grace=grace)
 
-    def _read(self, frame: str | bytes, link: WorkerLink | None) -> ClientMessage | Error | None:
-        """A message that may be acted on; or the complaint; or None for what is to be ignored."""
-        who = link.worker_id if link is not None else None
-        if isinstance(frame, bytes):
-            return self._complain(who, "bad_frame", "a binary message")
+    def _read(self, frame: str | bytes, link: WorkerLink | None) -> ClientMessage | Error:
+        """A message that may be acted on, or the complaint."""
         try:
-            message = decode_client_message(frame, self._limits)
-        except RemoteProtocolError as exc:
-            return self._complain(who, "bad_frame", exc.problem)
-        if isinstance(message, ForeignVersion):
-            return self._complain(who, "version_mismatch", f"protocol {message.theirs}")
-        if isinstance(message, UnknownMessage):
-            return self._complain(who, "bad_frame", f"unknown type {message.type!r}")
-        if self._strict_seed and not isinstance(message, _SEED_TYPES):
-            return self._complain(who, "bad_frame", f"unknown type {message.type!r}")
-        if link is None:
-            return message
-        if message.worker_id != link.worker_id:
-            return self._complain(who, "bad_frame", f"{message.type} in another worker's name")
-        extension = message.type.lower()
-        if extension in EXTENSIONS and extension not in link.extensions:
-            return self._complain(who, "bad_frame", f"{message.type} without its extension")
-        if isinstance(message, Register):
-            return self._complain(who, "bad_frame", "Register on a registered connection")
-        return message
-
-    def _complain(self, worker_id: str | None, code: str, problem: str) -> Error:
-        self._violation(worker_id, problem)
-        return Error(code=code, message=problem)
+            return read_frame(frame, link, self._limits, strict_seed=self._strict_seed)
+        except Violation as exc:
+            self._violation(link.worker_id if link is not None else None, exc.problem)
+            return Error(code=exc.code, message=exc.problem)
 
     def _violation(self, worker_id: str | None, problem: str) -> None:
         self._note(Event(EventKind.VIOLATION, time.monotonic(), worker_id, detail=problem))
@@ -647,26 +568,3 @@ class EmbeddedCoordinator:
         )
         if self._on_event is not None:
             self._on_event(event)
-
-
-def _check_host(host: str, *, allow_remote: bool) -> None:
-    if allow_remote or host == "localhost":
-        return
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
-        raise ConfigError(
-            "host", "other machines could reach this address; that needs to be allowed", host
-        )
-
-
-def _listen_problem(exc: OSError) -> str:
-    if exc.errno == errno.EADDRINUSE:
-        return "another program listens there; choose another port, or 0 for a free one"
-    if exc.errno == errno.EACCES:
-        return "this user may not listen on that port"
-    if exc.errno == errno.EADDRNOTAVAIL:
-        return "this machine does not have that address"
-    return exc.strerror or str(exc)

@@ -4,26 +4,22 @@ A finished result is committed here before it is sent and forgotten only when th
 acknowledged it, so it goes out at least once; the coordinator drops repeats by ``block_id``. The
 bytes kept are the bytes sent, the same each time.
 
-One thread writes. All that is asked of it while one ``fsync`` runs goes into the next transaction
-(group commit), and the event loop never waits for the disk.
+One thread writes (``group_commit``), and the event loop never waits for the disk.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import queue
 import sqlite3
-import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, Self
 
 import structlog
 
+from ai4all.delivery.group_commit import Operation, Writer, call_on
 from ai4all.delivery.results_file import (
     DELETE_RESULT,
     INSERT_RESULT,
@@ -49,10 +45,6 @@ DEFAULT_MAX_BYTES = 256 * 1024 * 1024
 
 DEFAULT_KEEP_DAYS = 14
 """Days that a result is kept for a coordinator that never acknowledges it."""
-
-# Notes on what is running wait this long for a result to share their transaction with.
-_LAZY_S = 0.05
-_MAX_BATCH = 512
 
 _log = structlog.get_logger(__name__)
 
@@ -128,7 +120,7 @@ class Spool:
     def __init__(
         self,
         path: Path,
-        writer: _Writer,
+        writer: Writer,
         *,
         rows: Sequence[Row],
         interrupted: Sequence[str],
@@ -193,7 +185,7 @@ class Spool:
             _log.warning("spool_expired", results=expired, keep_days=keep_days)
         return cls(
             path,
-            _Writer(path, connection),
+            Writer(path, connection),
             rows=rows,
             interrupted=contents.running,
             max_bytes=max_bytes,
@@ -294,7 +286,7 @@ class Spool:
         if self._closing is None:
             loop = asyncio.get_running_loop()
             closing = self._closing = loop.create_future()
-            self._writer.stop(lambda: _call_on(loop, lambda: closing.set_result(None)))
+            self._writer.stop(lambda: call_on(loop, lambda: closing.set_result(None)))
         await asyncio.shield(self._closing)
 
     async def _turn(self, block_id: str) -> None:
@@ -308,7 +300,7 @@ class Spool:
 
     def _note(self, sql: str, values: tuple[object, ...]) -> None:
         self._check_open()
-        self._writer.put(_Operation([(sql, values)]))
+        self._writer.put(Operation([(sql, values)]))
 
     async def _write(
         self,
@@ -325,7 +317,7 @@ class Spool:
             settled(error)
             future.set_result(error)
 
-        self._writer.put(_Operation(list(statements), loop, done))
+        self._writer.put(Operation(list(statements), loop, done))
         # Shielded: who stops waiting does not undo what is on its way to the disk.
         error = await asyncio.shield(future)
         if error is not None:
@@ -333,136 +325,6 @@ class Spool:
 
 
 _DELETE_RUNNING = "DELETE FROM running WHERE block_id = ?"
-
-
-@dataclass(slots=True)
-class _Operation:
-    """Statements that belong together, and what to call on the loop when their fate is known."""
-
-    statements: list[tuple[str, tuple[object, ...]]]
-    loop: asyncio.AbstractEventLoop | None = None
-    done: Callable[[SpoolError | None], None] | None = None
-    error: SpoolError | None = field(default=None, init=False)
-
-    @property
-    def lazy(self) -> bool:
-        """Nobody waits for it."""
-        return self.done is None
-
-
-class _Stop:
-    """The last thing in a writer's queue."""
-
-    def __init__(self, stopped: Callable[[], None] | None) -> None:
-        self.stopped = stopped
-
-
-class _Writer:
-    """The thread that owns the database. Knows nothing of the ``Spool``, so that can be leaked."""
-
-    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
-        self._path = path
-        self._connection = connection
-        self._queue: queue.SimpleQueue[_Operation | _Stop] = queue.SimpleQueue()
-        # Daemon: what is committed is safe, and an owner that died must not keep the process.
-        threading.Thread(target=self._run, name="ai4all-spool", daemon=True).start()
-
-    def put(self, operation: _Operation) -> None:
-        self._queue.put(operation)
-
-    def stop(self, stopped: Callable[[], None] | None) -> None:
-        """Do what is queued, close the database, then call ``stopped`` on the thread."""
-        self._queue.put(_Stop(stopped))
-
-    def _run(self) -> None:
-        while True:
-            batch, stop = self._next_batch()
-            if batch:
-                self._write(batch)
-                _settle(batch)
-            # Nothing of the loop's may be held while the thread sleeps, least of all the spool.
-            del batch
-            if stop is not None:
-                # Closing plays the log into the database; what fails there is played next time.
-                with contextlib.suppress(sqlite3.Error):
-                    self._connection.close()
-                if stop.stopped is not None:
-                    stop.stopped()
-                return
-
-    def _next_batch(self) -> tuple[list[_Operation], _Stop | None]:
-        batch: list[_Operation] = []
-        lazy_until: float | None = None
-        while len(batch) < _MAX_BATCH:
-            try:
-                if lazy_until is None and batch:
-                    item = self._queue.get_nowait()
-                elif lazy_until is None:
-                    item = self._queue.get()
-                else:
-                    item = self._queue.get(timeout=max(0.0, lazy_until - time.monotonic()))
-            except queue.Empty:
-                break
-            if isinstance(item, _Stop):
-                return batch, item
-            batch.append(item)
-            if not item.lazy:
-                lazy_until = None
-            elif len(batch) == 1:
-                lazy_until = time.monotonic() + _LAZY_S
-        return batch, None
-
-    def _write(self, batch: list[_Operation]) -> None:
-        try:
-            self._transact(batch)
-        except sqlite3.Error as exc:
-            if len(batch) == 1:
-                batch[0].error = self._report(batch[0], exc)
-                return
-            # One of them may be at fault, or the disk has room for some: each on its own.
-            for operation in batch:
-                self._write([operation])
-
-    def _transact(self, batch: list[_Operation]) -> None:
-        connection = self._connection
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            for operation in batch:
-                for sql, values in operation.statements:
-                    connection.execute(sql, values)
-            connection.execute("COMMIT")
-        except BaseException:
-            # After some errors SQLite has rolled back by itself.
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
-
-    def _report(self, operation: _Operation, exc: sqlite3.Error) -> SpoolError:
-        error = SpoolError(self._path, problem(exc))
-        error.__cause__ = exc
-        if operation.lazy:
-            _log.warning("spool_note_lost", problem=error.problem)
-        return error
-
-
-def _settle(batch: list[_Operation]) -> None:
-    """Tell the loop what became of a batch: one wake-up for all of it."""
-    loops = {operation.loop for operation in batch if operation.loop is not None}
-    for loop in loops:
-        mine = [operation for operation in batch if operation.loop is loop]
-
-        def tell(mine: list[_Operation] = mine) -> None:
-            for operation in mine:
-                if operation.done is not None:
-                    operation.done(operation.error)
-
-        _call_on(loop, tell)
-
-
-def _call_on(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
-    # A loop that is closed has nobody left who waits.
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(function)
 
 
 class MemorySpool:

@@ -165,6 +165,17 @@ def test_a_worker_that_returns_late_gets_its_block_back_if_nobody_has_it() -> No
     assert [(e.kind, e.block_id) for e in book.events()] == [(EventKind.WITHDRAWN, "b1")]
 
 
+def test_a_block_that_may_never_have_arrived_is_given_again() -> None:
+    book = ledger(2)
+    assert give(book, "w", 0.0, "s1") == "b0"
+    book.disconnected("w", 1.0)
+    book.returned("w")
+    assert give(book, "w", 2.0, "s2") == "b1", "something new first"
+    assert give(book, "w", 3.0, "s2") == "b0", "and then what it may not have"
+    assert give(book, "w", 4.0, "s2") is None, "but not twice in one session"
+    assert book.submit("w", "b0", success(), "d", 5.0).accepted
+
+
 def test_what_an_earlier_run_knew_is_known_again() -> None:
     first = ledger(2)
     give(first, "w")

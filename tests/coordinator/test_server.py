@@ -592,3 +592,19 @@ async def test_what_a_worker_says_about_itself_is_known() -> None:
         link = coordinator.links["w-1"]
         assert link.capabilities.backend == "cuda"
         assert link.capabilities.memory_mb == CAPABILITIES["memory_mb"]
+
+
+async def test_who_knocks_without_a_handshake_leaves_no_traceback(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with EmbeddedCoordinator(tasks()) as coordinator:
+        port = int(coordinator.url.rpartition(":")[2])
+        for knock in (b"", b"\x16\x03\x01\x00", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(knock)
+            writer.write_eof()
+            await reader.read()
+            writer.close()
+        async with WireWorker(coordinator.url) as worker:
+            await worker.register()
+    assert [record for record in caplog.records if record.exc_info] == []

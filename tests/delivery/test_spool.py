@@ -302,7 +302,7 @@ async def test_the_loop_runs_while_the_disk_is_slow(path: Path) -> None:
         with pytest.raises(asyncio.CancelledError):
             await dropped
         await spool.forget("nothing, but after b")
-        while not spool.has("b"):  # noqa: ASYNC110 - it has no event of its own
+        while not spool.has("b"):
             await asyncio.sleep(0.001)
 
 

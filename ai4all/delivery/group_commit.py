@@ -1,0 +1,161 @@
+"""The thread that writes to the spool's database.
+
+All that is asked of it while one ``fsync`` runs goes into the next transaction (group commit): the
+disk sets the rate of transactions, the callers how many results share one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from ai4all.delivery.results_file import problem
+from ai4all.errors import SpoolError
+
+__all__ = ["Operation", "Writer", "call_on"]
+
+_log = structlog.get_logger(__name__)
+
+# Notes on what is running wait this long for a result to share their transaction with.
+_LAZY_S = 0.05
+_MAX_BATCH = 512
+
+
+@dataclass(slots=True)
+class Operation:
+    """Statements that belong together, and what to call on the loop when their fate is known."""
+
+    statements: list[tuple[str, tuple[object, ...]]]
+    loop: asyncio.AbstractEventLoop | None = None
+    done: Callable[[SpoolError | None], None] | None = None
+    error: SpoolError | None = field(default=None, init=False)
+
+    @property
+    def is_lazy(self) -> bool:
+        """Nobody waits for it."""
+        return self.done is None
+
+
+class _Stop:
+    """The last thing in a writer's queue."""
+
+    def __init__(self, stopped: Callable[[], None] | None) -> None:
+        self.stopped = stopped
+
+
+class Writer:
+    """The thread that owns the database. Knows nothing of the ``Spool``, so that can be leaked."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self._path = path
+        self._connection = connection
+        self._queue: queue.SimpleQueue[Operation | _Stop] = queue.SimpleQueue()
+        # Daemon: what is committed is safe, and an owner that died must not keep the process.
+        threading.Thread(target=self._run, name="ai4all-spool", daemon=True).start()
+
+    def put(self, operation: Operation) -> None:
+        """Do this soon. Any thread."""
+        self._queue.put(operation)
+
+    def stop(self, stopped: Callable[[], None] | None) -> None:
+        """Do what is queued, close the database, then call ``stopped`` on the thread."""
+        self._queue.put(_Stop(stopped))
+
+    def _run(self) -> None:
+        while True:
+            batch, stop = self._next_batch()
+            if batch:
+                self._write(batch)
+                _settle(batch)
+            # Nothing of the loop's may be held while the thread sleeps, least of all the spool.
+            del batch
+            if stop is not None:
+                # Closing plays the log into the database; what fails there is played next time.
+                with contextlib.suppress(sqlite3.Error):
+                    self._connection.close()
+                if stop.stopped is not None:
+                    stop.stopped()
+                return
+
+    def _next_batch(self) -> tuple[list[Operation], _Stop | None]:
+        batch: list[Operation] = []
+        lazy_until: float | None = None
+        while len(batch) < _MAX_BATCH:
+            try:
+                if lazy_until is None and batch:
+                    item = self._queue.get_nowait()
+                elif lazy_until is None:
+                    item = self._queue.get()
+                else:
+                    item = self._queue.get(timeout=max(0.0, lazy_until - time.monotonic()))
+            except queue.Empty:
+                break
+            if isinstance(item, _Stop):
+                return batch, item
+            batch.append(item)
+            if not item.is_lazy:
+                lazy_until = None
+            elif len(batch) == 1:
+                lazy_until = time.monotonic() + _LAZY_S
+        return batch, None
+
+    def _write(self, batch: list[Operation]) -> None:
+        try:
+            self._transact(batch)
+        except sqlite3.Error as exc:
+            if len(batch) == 1:
+                batch[0].error = self._report(batch[0], exc)
+                return
+            # One of them may be at fault, or the disk has room for some: each on its own.
+            for operation in batch:
+                self._write([operation])
+
+    def _transact(self, batch: list[Operation]) -> None:
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for operation in batch:
+                for sql, values in operation.statements:
+                    connection.execute(sql, values)
+            connection.execute("COMMIT")
+        except BaseException:
+            # After some errors SQLite has rolled back by itself.
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    def _report(self, operation: Operation, exc: sqlite3.Error) -> SpoolError:
+        error = SpoolError(self._path, problem(exc))
+        error.__cause__ = exc
+        if operation.is_lazy:
+            _log.warning("spool_note_lost", problem=error.problem)
+        return error
+
+
+def _settle(batch: list[Operation]) -> None:
+    """Tell the loop what became of a batch: one wake-up for all of it."""
+    loops = {operation.loop for operation in batch if operation.loop is not None}
+    for loop in loops:
+        mine = [operation for operation in batch if operation.loop is loop]
+
+        def tell(mine: list[Operation] = mine) -> None:
+            for operation in mine:
+                if operation.done is not None:
+                    operation.done(operation.error)
+
+        call_on(loop, tell)
+
+
+def call_on(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+    """Call on the loop's thread. One that is closed has nobody left who waits."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function)
