@@ -7,8 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ai4all.commands.environment import stderr_console
+from ai4all.commands.environment import log_to_terminal, stderr_console
 from ai4all.commands.signals import on_stop_signals
+from ai4all.config import Settings
 from ai4all.coordinator import EmbeddedCoordinator, Event, EventKind
 from ai4all.errors import ConfigError
 
@@ -33,6 +34,8 @@ def run_coordinator(
         ConfigError: The tasks, the address or the token cannot be used.
         OSError: The results cannot be written.
     """
+    # Its events are printed below; what goes wrong is logged. It has no data directory.
+    log_to_terminal(Settings())
     console = stderr_console()
     coordinator = EmbeddedCoordinator(
         tasks,

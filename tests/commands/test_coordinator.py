@@ -49,13 +49,14 @@ async def test_two_commands_do_the_work_of_a_file(tmp_path: Path, tasks: Path) -
     coordinator = await asyncio.create_subprocess_exec(
         *fake_command("coordinator", "--tasks", str(tasks), "--results", str(results)),
         *["--port", "0", "--strict-seed"],
+        stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
     url = await url_of(coordinator)
     worker = await asyncio.create_subprocess_exec(
         *fake_command("worker", "--coordinator", url), stderr=asyncio.subprocess.PIPE
     )
-    _, said = await coordinator.communicate()
+    out, said = await coordinator.communicate()
     worker.send_signal(signal.SIGTERM)
     _, err = await worker.communicate()
     assert (coordinator.returncode, worker.returncode) == (0, 0), (said, err)
@@ -63,6 +64,7 @@ async def test_two_commands_do_the_work_of_a_file(tmp_path: Path, tasks: Path) -
     assert {(row["block_id"], row["accepted"]) for row in rows} == {("b0", True), ("b1", True)}
     assert b"all tasks have ended" in said
     assert b"violation" not in said
+    assert out == b""
 
 
 async def test_a_signal_ends_it_and_the_work_can_go_on(tmp_path: Path, tasks: Path) -> None:
