@@ -6,6 +6,8 @@ UNLOADED: int
 PROMPT_PROGRESS: int
 TOKEN: int
 FINISHED: int
+EMBEDDED: int
+SCORED: int
 FAILED: int
 
 STOP_LENGTH: int
@@ -14,6 +16,11 @@ STOP_STOP: int
 ERROR_NAMES: tuple[str, ...]
 
 class EngineFault(Exception): ...
+
+@final
+class Floats:
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
 
 @final
 class Engine:
@@ -32,6 +39,7 @@ class Engine:
         flash_attention: int,
         kv_type: str,
         use_mmap: bool,
+        prefix_cache_bytes: int,
     ) -> int: ...
     def unload(self) -> int: ...
     def generate(
@@ -51,6 +59,17 @@ class Engine:
         deterministic: bool,
         grammar: bytes,
         json_schema: bytes,
+        logprobs: int,
+        reuse_prefix: bool,
+        deadline_ns: int,
+    ) -> int: ...
+    def embed(self, texts: tuple[bytes, ...], *, normalize: bool, deadline_ns: int) -> int: ...
+    def score(
+        self,
+        prompt: bytes,
+        *,
+        system_prompt: bytes | None = ...,
+        continuations: tuple[bytes, ...],
         deadline_ns: int,
     ) -> int: ...
     def cancel(self, command: int) -> None: ...
@@ -63,3 +82,4 @@ def build_info() -> dict[str, Any]: ...
 def devices() -> list[dict[str, Any]]: ...
 def drain_log() -> list[tuple[int, str]]: ...
 def now_ns() -> int: ...
+def pulse() -> int: ...

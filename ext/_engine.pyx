@@ -24,6 +24,8 @@ UNLOADED = <int> native.event_kind.unloaded
 PROMPT_PROGRESS = <int> native.event_kind.prompt_progress
 TOKEN = <int> native.event_kind.token
 FINISHED = <int> native.event_kind.finished
+EMBEDDED = <int> native.event_kind.embedded
+SCORED = <int> native.event_kind.scored
 FAILED = <int> native.event_kind.failed
 
 STOP_LENGTH = <int> native.stop_reason.length
@@ -61,10 +63,52 @@ cdef tuple times_of(const native.timeline & times):
     )
 
 
-cdef tuple event_of(const native.event & event):
+@cython.final
+cdef class Floats:
+    """Float32 values that native code made, as a buffer; nothing is copied."""
+
+    cdef vector[float] _values
+    cdef Py_ssize_t _shape[1]
+    cdef Py_ssize_t _strides[1]
+
+    def __getbuffer__(self, Py_buffer * buffer, int flags):
+        self._shape[0] = <Py_ssize_t> self._values.size()
+        self._strides[0] = sizeof(float)
+        buffer.buf = <void *> self._values.data()
+        buffer.obj = self
+        buffer.len = self._shape[0] * <Py_ssize_t> sizeof(float)
+        buffer.itemsize = sizeof(float)
+        buffer.readonly = 0
+        buffer.ndim = 1
+        buffer.format = b"f"
+        buffer.shape = self._shape
+        buffer.strides = self._strides
+        buffer.suboffsets = NULL
+        buffer.internal = NULL
+
+    def __len__(self):
+        return self._values.size()
+
+
+cdef Floats floats_of(native.event & event):
+    cdef Floats floats = Floats.__new__(Floats)
+    floats._values.swap(event.floats)
+    return floats
+
+
+cdef tuple event_of(native.event & event):
     cdef int kind = <int> event.kind
     if event.kind == native.event_kind.token:
-        return (kind, event.id, text_of(event.text), event.token, event.n_tokens)
+        if event.logprobs.empty():
+            return (kind, event.id, text_of(event.text), event.token, event.n_tokens, ())
+        return (
+            kind,
+            event.id,
+            text_of(event.text),
+            event.token,
+            event.n_tokens,
+            tuple([(p.token, text_of(p.text), p.logprob) for p in event.logprobs]),
+        )
     if event.kind == native.event_kind.prompt_progress:
         return (kind, event.id, event.n_prompt_done, event.n_prompt)
     if event.kind == native.event_kind.finished:
@@ -87,6 +131,15 @@ cdef tuple event_of(const native.event & event):
             text_of(event.text),
             event.n_prompt,
             event.n_tokens,
+            times_of(event.times),
+        )
+    if event.kind == native.event_kind.embedded or event.kind == native.event_kind.scored:
+        return (
+            kind,
+            event.id,
+            floats_of(event),
+            tuple(event.counts),
+            event.n_prompt,
             times_of(event.times),
         )
     if event.kind == native.event_kind.load_progress:
@@ -137,6 +190,7 @@ cdef class Engine:
         int flash_attention,
         str kv_type,
         bint use_mmap,
+        uint64_t prefix_cache_bytes,
     ):
         """Queue a load and return its id."""
         self._check()
@@ -152,6 +206,7 @@ cdef class Engine:
         params.flash_attention = flash_attention
         params.kv_type = kv_type.encode()
         params.use_mmap = use_mmap
+        params.prefix_cache_bytes = prefix_cache_bytes
         cdef uint64_t command
         with nogil:
             command = self._engine.load(params)
@@ -182,6 +237,8 @@ cdef class Engine:
         bint deterministic,
         bytes grammar,
         bytes json_schema,
+        int logprobs,
+        bint reuse_prefix,
         int64_t deadline_ns,
     ):
         """Queue a generation and return its id."""
@@ -204,10 +261,48 @@ cdef class Engine:
         params.deterministic = deterministic
         params.grammar = grammar
         params.json_schema = json_schema
+        params.logprobs = logprobs
+        params.reuse_prefix = reuse_prefix
         params.deadline_ns = deadline_ns
         cdef uint64_t command
         with nogil:
             command = self._engine.generate(params)
+        return command
+
+    def embed(self, tuple texts, *, bint normalize, int64_t deadline_ns):
+        """Queue an embedding and return its id."""
+        self._check()
+        cdef native.embed_params params
+        for text in texts:
+            params.texts.push_back(<string> (<bytes> text))
+        params.normalize = normalize
+        params.deadline_ns = deadline_ns
+        cdef uint64_t command
+        with nogil:
+            command = self._engine.embed(params)
+        return command
+
+    def score(
+        self,
+        bytes prompt,
+        *,
+        bytes system_prompt=None,
+        tuple continuations,
+        int64_t deadline_ns,
+    ):
+        """Queue the scoring of continuations and return its id."""
+        self._check()
+        cdef native.score_params params
+        params.prompt = prompt
+        if system_prompt is not None:
+            params.chat = True
+            params.system_prompt = system_prompt
+        for text in continuations:
+            params.continuations.push_back(<string> (<bytes> text))
+        params.deadline_ns = deadline_ns
+        cdef uint64_t command
+        with nogil:
+            command = self._engine.score(params)
         return command
 
     def cancel(self, uint64_t command):
@@ -225,7 +320,10 @@ cdef class Engine:
         self._check()
         with nogil:
             self._engine.drain(self._events)
-        cdef list events = [event_of(event) for event in self._events]
+        cdef list events = []
+        cdef size_t i
+        for i in range(self._events.size()):
+            events.append(event_of(self._events[i]))
         self._events.clear()
         return events
 
@@ -308,3 +406,8 @@ def drain_log():
 def now_ns():
     """The engine's steady clock, in nanoseconds."""
     return native.now_ns()
+
+
+def pulse():
+    """A count that only moves while an engine of this process really computes."""
+    return native.pulse()

@@ -56,6 +56,7 @@ cdef extern from "engine.h" namespace "ai4all" nogil:
         int32_t flash_attention
         string kv_type
         cbool use_mmap
+        uint64_t prefix_cache_bytes
 
     cdef cppclass model_info:
         string path
@@ -91,6 +92,20 @@ cdef extern from "engine.h" namespace "ai4all" nogil:
         cbool deterministic
         string grammar
         string json_schema
+        int32_t logprobs
+        cbool reuse_prefix
+        int64_t deadline_ns
+
+    cdef cppclass embed_params:
+        vector[string] texts
+        cbool normalize
+        int64_t deadline_ns
+
+    cdef cppclass score_params:
+        string prompt
+        string system_prompt
+        cbool chat
+        vector[string] continuations
         int64_t deadline_ns
 
     cdef cppclass timeline:
@@ -109,12 +124,19 @@ cdef extern from "engine.h" namespace "ai4all" nogil:
         prompt_progress
         token
         finished
+        embedded
+        scored
         failed
 
     cdef enum class stop_reason(int32_t):
         none
         length
         stop
+
+    cdef cppclass token_logprob:
+        int32_t token
+        float logprob
+        string text
 
     cdef cppclass event:
         event_kind kind
@@ -130,6 +152,9 @@ cdef extern from "engine.h" namespace "ai4all" nogil:
         int32_t n_neighbours
         stop_reason reason
         timeline times
+        vector[token_logprob] logprobs
+        vector[float] floats
+        vector[int32_t] counts
 
     cdef cppclass log_line:
         int32_t level
@@ -157,6 +182,8 @@ cdef extern from "engine.h" namespace "ai4all" nogil:
         uint64_t load(load_params params) except +ai4all_raise_fault
         uint64_t unload() except +ai4all_raise_fault
         uint64_t generate(generate_params params) except +ai4all_raise_fault
+        uint64_t embed(embed_params params) except +ai4all_raise_fault
+        uint64_t score(score_params params) except +ai4all_raise_fault
         void cancel(uint64_t id)
         int fd()
         void drain(vector[event] & out) except +
@@ -168,3 +195,4 @@ cdef extern from "engine.h" namespace "ai4all" nogil:
     vector[device_info] get_devices() except +
     vector[log_line] drain_log() except +
     int64_t now_ns()
+    uint64_t pulse()

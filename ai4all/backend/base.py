@@ -50,6 +50,7 @@ class EngineOptions:
         flash_attention: "auto", "on" or "off".
         kv_type: Type of the KV cache: "f16", "f32", "q8_0", "q4_0", "bf16".
         use_mmap: Map the file instead of reading it.
+        prefix_cache_mb: Memory for computed prompts that lost their slot, in MiB. 0: none.
     """
 
     n_ctx: int = 0
@@ -62,6 +63,7 @@ class EngineOptions:
     flash_attention: str = "auto"
     kv_type: str = "f16"
     use_mmap: bool = True
+    prefix_cache_mb: int = 256
 
 
 @dataclass(frozen=True, slots=True)

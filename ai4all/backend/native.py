@@ -16,24 +16,30 @@ import sys
 from array import array
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import psutil
 
 from ai4all import _engine
 from ai4all.backend.base import (
     Capabilities,
     Completion,
+    Embeddings,
+    EmbedRequest,
     EngineOptions,
     GenerateRequest,
     GenerationEvent,
     InferenceBackend,
+    LabelScores,
     LoadedModel,
     PromptProgress,
     ResourceUsage,
+    ScoreRequest,
     Timings,
     TokenEvent,
+    TokenLogprob,
 )
 from ai4all.backend.cores import compute_threads
 from ai4all.errors import (
@@ -223,6 +229,7 @@ class NativeBackend(InferenceBackend):
                 flash_attention=_FLASH_ATTENTION[options.flash_attention],
                 kv_type=options.kv_type,
                 use_mmap=options.use_mmap,
+                prefix_cache_bytes=options.prefix_cache_mb * _MIB,
             ),
             to_load=(model, options),
         )
@@ -261,6 +268,7 @@ class NativeBackend(InferenceBackend):
         stream, command = self._submit(lambda: self._submit_generate(request, seed))
         text: list[str] = []
         tokens: list[int] = []
+        logprobs: list[TokenLogprob] = []
         try:
             while True:
                 event = await stream.get()
@@ -268,7 +276,11 @@ class NativeBackend(InferenceBackend):
                 if kind == _engine.TOKEN:
                     text.append(event[2])
                     tokens.append(event[3])
-                    yield TokenEvent(event[2], (event[3],), event[4])
+                    if event[5]:
+                        logprobs.append(_logprob(event[5]))
+                        yield TokenEvent(event[2], (event[3],), event[4], (logprobs[-1],))
+                    else:
+                        yield TokenEvent(event[2], (event[3],), event[4])
                 elif kind == _engine.PROMPT_PROGRESS:
                     yield PromptProgress(event[2], event[3])
                 elif kind == _engine.FINISHED:
@@ -276,15 +288,67 @@ class NativeBackend(InferenceBackend):
                         # What was kept back as a possible stop sequence is text after all.
                         text.append(event[2])
                         yield TokenEvent(event[2], (), event[5])
-                    yield self._completion(
+                    completion = self._completion(
                         event, stream.running, "".join(text), tuple(tokens), request, seed
                     )
+                    yield replace(completion, logprobs=tuple(logprobs)) if logprobs else completion
                     return
                 else:
                     details = {"prompt_tokens": event[4], "completion_tokens": event[5]}
                     raise _error(event[2], event[3], details)
         finally:
             self._release(command, stream)
+
+    async def embed(self, request: EmbedRequest) -> Embeddings:
+        """Embed texts; see ``InferenceBackend.embed``. The rows are the engine's own memory."""
+        texts = tuple(text.encode("utf-8", "replace") for text in request.texts)
+        event, running = await self._job(
+            lambda: self._engine.embed(
+                texts, normalize=request.normalize, deadline_ns=_deadline_ns(request.deadline)
+            )
+        )
+        _, _, floats, (rows, columns), n_prompt, times = event
+        return Embeddings(
+            vectors=np.frombuffer(floats, dtype=np.float32).reshape(rows, columns),
+            prompt_tokens=n_prompt,
+            timings=timings_of(times, n_prompt, 0),
+            fingerprint=self._fingerprint(running, (), seed=0),
+        )
+
+    async def score_labels(self, request: ScoreRequest) -> LabelScores:
+        """Score continuations; see ``InferenceBackend.score_labels``."""
+        system = request.system_prompt
+        event, running = await self._job(
+            lambda: self._engine.score(
+                request.prompt.encode("utf-8", "replace"),
+                system_prompt=None if system is None else system.encode("utf-8", "replace"),
+                continuations=tuple(
+                    text.encode("utf-8", "replace") for text in request.continuations
+                ),
+                deadline_ns=_deadline_ns(request.deadline),
+            )
+        )
+        _, _, floats, counts, n_prompt, times = event
+        return LabelScores(
+            log_likelihoods=tuple(np.frombuffer(floats, dtype=np.float32).tolist()),
+            token_counts=counts,
+            prompt_tokens=n_prompt,
+            timings=timings_of(times, n_prompt, 0),
+            fingerprint=self._fingerprint(running, (), seed=0),
+        )
+
+    async def _job(self, send: Callable[[], int]) -> tuple[tuple[Any, ...], _Running]:
+        stream, command = self._submit(send)
+        try:
+            event = await stream.get()
+        finally:
+            self._release(command, stream)
+        if event[0] == _engine.FAILED:
+            details = {"prompt_tokens": event[4], "completion_tokens": 0}
+            raise _error(event[2], event[3], details)
+        if stream.running is None:
+            raise EngineClosed("the model was unloaded while its last events were on the way")
+        return event, stream.running
 
     async def close(self) -> None:
         """End all work, join the engine's thread and free everything.
@@ -354,7 +418,6 @@ class NativeBackend(InferenceBackend):
         return stream, command
 
     def _submit_generate(self, request: GenerateRequest, seed: int) -> int:
-        deadline = request.deadline
         return self._engine.generate(
             request.prompt.encode("utf-8", "replace"),
             system_prompt=None
@@ -372,8 +435,9 @@ class NativeBackend(InferenceBackend):
             deterministic=request.deterministic,
             grammar=(request.grammar or "").encode("utf-8", "replace"),
             json_schema=(request.json_schema or "").encode("utf-8", "replace"),
-            # time.monotonic() and the engine's steady clock are one clock.
-            deadline_ns=0 if deadline is None else max(1, int(deadline * 1e9)),
+            logprobs=-1 if request.logprobs is None else request.logprobs,
+            reuse_prefix=request.reuse_prefix,
+            deadline_ns=_deadline_ns(request.deadline),
         )
 
     def _release(self, command: int, stream: _Stream) -> None:
@@ -430,23 +494,13 @@ class NativeBackend(InferenceBackend):
         _, _, _, reason, n_prompt, n_tokens, n_reused, n_neighbours, times = event
         if running is None:
             raise EngineClosed("the model was unloaded while its last events were on the way")
-        shape = running.shape
-        fingerprint = Fingerprint(
-            model_sha256=running.loaded.file.sha256,
-            engine_build=self._build_line,
-            backend=_backend_of(running.loaded.device),
-            device=running.loaded.device,
-            threads=shape["n_threads"],
-            n_ctx=shape["n_ctx"],
-            n_batch=shape["n_batch"],
-            n_ubatch=shape["n_ubatch"],
-            kv_type=running.options.kv_type,
-            flash_attention=running.options.flash_attention,
+        fingerprint = self._fingerprint(
+            running,
+            tokens,
             seed=seed,
             deterministic=request.deterministic,
             prefix_reused=n_reused,
             batched_with=n_neighbours,
-            output_tokens_sha256=tokens_sha256(tokens),
         )
         return Completion(
             text=text,
@@ -461,8 +515,46 @@ class NativeBackend(InferenceBackend):
             fingerprint=fingerprint,
         )
 
+    def _fingerprint(
+        self,
+        running: _Running,
+        tokens: tuple[int, ...],
+        *,
+        seed: int,
+        deterministic: bool = False,
+        prefix_reused: int = 0,
+        batched_with: int = 0,
+    ) -> Fingerprint:
+        shape = running.shape
+        return Fingerprint(
+            model_sha256=running.loaded.file.sha256,
+            engine_build=self._build_line,
+            backend=_backend_of(running.loaded.device),
+            device=running.loaded.device,
+            threads=shape["n_threads"],
+            n_ctx=shape["n_ctx"],
+            n_batch=shape["n_batch"],
+            n_ubatch=shape["n_ubatch"],
+            kv_type=running.options.kv_type,
+            flash_attention=running.options.flash_attention,
+            seed=seed,
+            deterministic=deterministic,
+            prefix_reused=prefix_reused,
+            batched_with=batched_with,
+            output_tokens_sha256=tokens_sha256(tokens),
+        )
 
-_LAST_EVENTS = frozenset({_engine.LOADED, _engine.UNLOADED, _engine.FINISHED, _engine.FAILED})
+
+_LAST_EVENTS = frozenset(
+    {
+        _engine.LOADED,
+        _engine.UNLOADED,
+        _engine.FINISHED,
+        _engine.EMBEDDED,
+        _engine.SCORED,
+        _engine.FAILED,
+    }
+)
 
 
 def _backend_of(device: str) -> str:
@@ -471,6 +563,16 @@ def _backend_of(device: str) -> str:
         if device.startswith(prefix):
             return name
     return "cpu"
+
+
+def _deadline_ns(deadline: float | None) -> int:
+    # time.monotonic() and the engine's steady clock are one clock.
+    return 0 if deadline is None else max(1, int(deadline * 1e9))
+
+
+def _logprob(described: tuple[tuple[int, str, float], ...]) -> TokenLogprob:
+    (token, text, logprob), *top = described
+    return TokenLogprob(token, text, logprob, tuple(top))
 
 
 def _seed(request: GenerateRequest) -> int:
@@ -505,7 +607,7 @@ def timings_of(times: tuple[int, ...], n_prompt: int, n_tokens: int) -> Timings:
         queue_ms=(admitted - ready) / 1e6,
         load_ms=(ready - submitted) / 1e6,
         prompt_ms=prompt_ns / 1e6,
-        first_sample_ms=(first - prompt_done) / 1e6,
+        first_sample_ms=(first - prompt_done) / 1e6 if first else 0.0,
         time_to_first_token_ms=(first - submitted) / 1e6 if first else None,
         total_ms=(finished - submitted) / 1e6,
         prompt_tokens_per_second=n_prompt / prompt_ns * 1e9 if n_prompt and prompt_ns > 0 else None,

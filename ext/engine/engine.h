@@ -48,16 +48,17 @@ class engine_error : public std::runtime_error {
 
 struct load_params {
     std::string path;
-    uint32_t    n_ctx           = 0;     // of one sequence; 0: the model's own, at most 4096
-    uint32_t    n_batch         = 2048;  // tokens in one logical batch
-    uint32_t    n_ubatch        = 512;   // tokens in one physical batch, and in a prompt chunk
-    uint32_t    n_slots         = 1;
-    int32_t     n_threads       = 1;
-    int32_t     n_threads_batch = 1;
-    int32_t     n_gpu_layers    = -1;  // -1: all
-    int32_t     flash_attention = -1;  // -1 auto, 0 off, 1 on
-    std::string kv_type         = "f16";
-    bool        use_mmap        = true;
+    uint32_t    n_ctx              = 0;     // of one sequence; 0: the model's own, at most 4096
+    uint32_t    n_batch            = 2048;  // tokens in one logical batch
+    uint32_t    n_ubatch           = 512;   // tokens in one physical batch, and in a prompt chunk
+    uint32_t    n_slots            = 1;
+    int32_t     n_threads          = 1;
+    int32_t     n_threads_batch    = 1;
+    int32_t     n_gpu_layers       = -1;  // -1: all
+    int32_t     flash_attention    = -1;  // -1 auto, 0 off, 1 on
+    std::string kv_type            = "f16";
+    bool        use_mmap           = true;
+    uint64_t    prefix_cache_bytes = 256ull << 20;  // for computed prompts that lost their slot
 };
 
 struct model_info {
@@ -95,7 +96,23 @@ struct generate_params {
     bool                     deterministic = false;  // alone in the engine, nothing reused
     std::string              grammar;                // GBNF; empty: none
     std::string              json_schema;            // empty: none
-    int64_t                  deadline_ns = 0;        // steady clock; 0: none
+    int32_t                  logprobs     = -1;      // >= 0: of each token, and of so many likeliest
+    bool                     reuse_prefix = true;    // take the cache of an earlier prompt
+    int64_t                  deadline_ns  = 0;       // steady clock; 0: none
+};
+
+struct embed_params {
+    std::vector<std::string> texts;
+    bool                     normalize   = true;
+    int64_t                  deadline_ns = 0;
+};
+
+struct score_params {
+    std::string              prompt;
+    std::string              system_prompt;
+    bool                     chat = false;
+    std::vector<std::string> continuations;
+    int64_t                  deadline_ns = 0;
 };
 
 // Steady-clock nanoseconds, read in the engine's thread; 0 where it did not happen.
@@ -116,7 +133,16 @@ enum class event_kind : int32_t {
     prompt_progress,
     token,
     finished,
+    embedded,  // last of an embedding: `floats` by row, `counts` rows and columns
+    scored,    // last of a scoring: `floats` and `counts` by continuation
     failed,
+};
+
+// Natural-log probability of a token under the model's own distribution.
+struct token_logprob {
+    int32_t     token   = -1;
+    float       logprob = 0.0f;
+    std::string text;
 };
 
 enum class stop_reason : int32_t {
@@ -126,19 +152,22 @@ enum class stop_reason : int32_t {
 };
 
 struct event {
-    event_kind  kind = event_kind::failed;
-    uint64_t    id   = 0;  // of the command
-    errc        code = errc::ok;
-    std::string text;  // token, finished: text that became certain; failed: the message
-    int32_t     token         = -1;
-    float       progress      = 0.0f;
-    int32_t     n_prompt_done = 0;
-    int32_t     n_prompt      = 0;
-    int32_t     n_tokens      = 0;  // sampled so far, end-of-generation tokens not counted
-    int32_t     n_reused      = 0;  // prompt tokens that came from a cache
-    int32_t     n_neighbours  = 0;  // most other sequences in one batch with it
-    stop_reason reason        = stop_reason::none;
-    timeline    times;
+    event_kind                 kind = event_kind::failed;
+    uint64_t                   id   = 0;  // of the command
+    errc                       code = errc::ok;
+    std::string                text;  // token, finished: text that became certain; failed: the message
+    int32_t                    token         = -1;
+    float                      progress      = 0.0f;
+    int32_t                    n_prompt_done = 0;
+    int32_t                    n_prompt      = 0;
+    int32_t                    n_tokens      = 0;  // sampled so far, end-of-generation tokens not counted
+    int32_t                    n_reused      = 0;  // prompt tokens that came from a cache
+    int32_t                    n_neighbours  = 0;  // most other sequences in one batch with it
+    stop_reason                reason        = stop_reason::none;
+    timeline                   times;
+    std::vector<token_logprob> logprobs;  // token: the sampled one, then the likeliest
+    std::vector<float>         floats;
+    std::vector<int32_t>       counts;
 };
 
 struct log_line {
@@ -177,11 +206,13 @@ class engine {
     // --- any thread -------------------------------------------------------------------------
 
     // Queue a command and return its id, never 0. Every id ends in exactly one `loaded`,
-    // `unloaded`, `finished` or `failed` event, also when the engine stops.
-    // Throws engine_error: busy, closed, not_loaded (generate: nothing loaded or loading).
+    // `unloaded`, `finished`, `embedded`, `scored` or `failed` event, also when the engine stops.
+    // Throws engine_error: busy, closed, not_loaded (work, with nothing loaded or loading).
     uint64_t load(load_params params);
     uint64_t unload();
     uint64_t generate(generate_params params);
+    uint64_t embed(embed_params params);
+    uint64_t score(score_params params);
 
     // End a command early. It takes effect between chunks and steps, on a CPU inside them too.
     // Unknown or ended ids are ignored.
@@ -210,5 +241,8 @@ std::vector<device_info> get_devices();
 // Lines that llama.cpp logged since the last call, oldest first; bounded, old ones are dropped.
 std::vector<log_line> drain_log();
 int64_t               now_ns();
+// A count that moves while any engine of this process computes: with each node of a graph that a CPU
+// evaluates and each step of a load. Only real work moves it, so one that stands still shows a hang.
+uint64_t pulse() noexcept;
 
 }  // namespace ai4all

@@ -71,7 +71,10 @@ loaded_model::loaded_model(const load_params & params, const std::function<bool(
         throw engine_error(errc::load_failed, "encoder-decoder models are not supported");
     }
 
-    open_context(params, abort, abort_data);
+    cparams_                     = llama_context_default_params();
+    cparams_.abort_callback      = abort;
+    cparams_.abort_callback_data = abort_data;
+    open_context(params);
     attach_threadpools(params);
     if (llama_model_has_decoder(model_.get())) {
         warm_up();
@@ -90,10 +93,16 @@ loaded_model::~loaded_model() {
     if (batch_.token) {
         llama_batch_free(batch_);
     }
-    if (ctx_) {
-        llama_detach_threadpool(ctx_.get());
+    if (side_batch_.token) {
+        llama_batch_free(side_batch_);
     }
-    ctx_.reset();
+    // Contexts first: they use the pools.
+    for (context_ptr * ctx : {&scoring_, &embedding_, &ctx_}) {
+        if (*ctx) {
+            llama_detach_threadpool(ctx->get());
+        }
+        ctx->reset();
+    }
     if (pool_batch_ && pool_batch_ != pool_) {
         free_pool_(pool_batch_);
     }
@@ -102,7 +111,7 @@ loaded_model::~loaded_model() {
     }
 }
 
-void loaded_model::open_context(const load_params & params, ggml_abort_callback abort, void * abort_data) {
+void loaded_model::open_context(const load_params & params) {
     const auto n_train = static_cast<uint32_t>(std::max(0, llama_model_n_ctx_train(model_.get())));
     uint32_t   n_ctx   = params.n_ctx ? params.n_ctx : std::min(n_train ? n_train : default_context, default_context);
     n_ctx              = std::max(n_ctx, smallest_context);
@@ -111,37 +120,107 @@ void loaded_model::open_context(const load_params & params, ggml_abort_callback 
         throw engine_error(errc::load_failed, "n_slots: at most " + std::to_string(llama_max_parallel_sequences()));
     }
 
-    llama_context_params cparams = llama_context_default_params();
-    cparams.n_ctx                = n_ctx * n_slots;
+    cparams_.n_ctx = n_ctx * n_slots;
     // A batch has room for every slot's next token beside a prompt chunk.
-    cparams.n_batch             = std::max(params.n_batch, n_slots);
-    cparams.n_ubatch            = std::min(params.n_ubatch, cparams.n_batch);
-    cparams.n_seq_max           = n_slots;
-    cparams.n_outputs_max       = n_slots;
-    cparams.n_threads           = std::max(1, params.n_threads);
-    cparams.n_threads_batch     = std::max(1, params.n_threads_batch);
-    cparams.flash_attn_type     = static_cast<llama_flash_attn_type>(params.flash_attention);
-    cparams.type_k              = kv_type_from_name(params.kv_type);
-    cparams.type_v              = cparams.type_k;
-    cparams.kv_unified          = n_slots == 1;
-    cparams.no_perf             = true;
-    cparams.abort_callback      = abort;
-    cparams.abort_callback_data = abort_data;
+    cparams_.n_batch         = std::max(params.n_batch, n_slots);
+    cparams_.n_ubatch        = std::min(params.n_ubatch, cparams_.n_batch);
+    cparams_.n_seq_max       = n_slots;
+    cparams_.n_outputs_max   = n_slots;
+    cparams_.n_threads       = std::max(1, params.n_threads);
+    cparams_.n_threads_batch = std::max(1, params.n_threads_batch);
+    cparams_.flash_attn_type = static_cast<llama_flash_attn_type>(params.flash_attention);
+    cparams_.type_k          = kv_type_from_name(params.kv_type);
+    cparams_.type_v          = cparams_.type_k;
+    cparams_.kv_unified      = n_slots == 1;
+    cparams_.no_perf         = true;
+    ctx_                     = new_context(cparams_);
+
+    // A sliding window has dropped what a cut would need; a recurrent state has no middle.
+    can_reuse_ = llama_model_n_swa(model_.get()) == 0 && !llama_model_is_recurrent(model_.get()) &&
+                 !llama_model_is_hybrid(model_.get());
+}
+
+loaded_model::context_ptr loaded_model::new_context(const llama_context_params & cparams) const {
+    const std::string what = "a context of " + std::to_string(cparams.n_ctx) + " tokens";
+    context_ptr       ctx;
+    log_take_errors();
     try {
-        ctx_.reset(llama_init_from_model(model_.get(), cparams));
+        ctx.reset(llama_init_from_model(model_.get(), cparams));
     } catch (const std::bad_alloc &) {
-        throw engine_error(errc::out_of_memory,
-                           "not enough memory for a context of " + std::to_string(n_ctx) + " tokens");
+        throw engine_error(errc::out_of_memory, "not enough memory for " + what);
     } catch (const std::exception & error) {
         throw engine_error(errc::load_failed, error.what());
     }
-    if (!ctx_) {
+    if (!ctx) {
         const std::string log    = log_take_errors();
         const bool        memory = log.find("alloc") != std::string::npos;
-        throw engine_error(
-            memory ? errc::out_of_memory : errc::load_failed,
-            "no context of " + std::to_string(n_ctx) + " tokens could be made" + (log.empty() ? "" : ": " + log));
+        throw engine_error(memory ? errc::out_of_memory : errc::load_failed,
+                           what + " could not be made" + (log.empty() ? "" : ": " + log));
     }
+    if (pool_) {
+        llama_attach_threadpool(ctx.get(), pool_, pool_batch_);
+    }
+    return ctx;
+}
+
+llama_context * loaded_model::embedding_context(uint32_t n_tokens) {
+    // A pooled sequence is computed in one physical batch, and upstream computes logits for each of
+    // its tokens: the buffers grow with the longest text, so the context is no larger than needed.
+    constexpr uint32_t smallest = 512;
+    constexpr uint32_t largest  = 4096;
+    const auto         n_train  = static_cast<uint32_t>(std::max(1, llama_model_n_ctx_train(model_.get())));
+    uint32_t           n_ctx    = smallest;
+    while (n_ctx < n_tokens && n_ctx < largest) {
+        n_ctx *= 2;
+    }
+    n_ctx = std::min(n_ctx, n_train);
+    if (!embedding_ || llama_n_ubatch(embedding_.get()) < n_ctx) {
+        embedding_.reset();
+        llama_context_params cparams = cparams_;
+        cparams.n_ctx                = n_ctx;
+        cparams.n_batch              = n_ctx;
+        cparams.n_ubatch             = n_ctx;
+        cparams.n_seq_max            = 64;
+        cparams.n_outputs_max        = 0;
+        cparams.kv_unified           = true;
+        cparams.embeddings           = true;
+        embedding_                   = new_context(cparams);
+        if (llama_pooling_type(embedding_.get()) == LLAMA_POOLING_TYPE_NONE) {
+            embedding_.reset();
+            cparams.pooling_type = LLAMA_POOLING_TYPE_MEAN;
+            embedding_           = new_context(cparams);
+        }
+    }
+    if (llama_pooling_type(embedding_.get()) == LLAMA_POOLING_TYPE_RANK) {
+        throw engine_error(errc::bad_request, "the model ranks documents; it gives no embeddings");
+    }
+    return embedding_.get();
+}
+
+llama_context * loaded_model::scoring_context() {
+    if (!scoring_) {
+        llama_context_params cparams = cparams_;
+        // Continuations are sequences over the prompt's cells, which only a unified cache shares.
+        cparams.n_ctx         = llama_n_ctx_seq(ctx_.get()) + scoring_rows;
+        cparams.n_batch       = std::max<uint32_t>(cparams.n_ubatch, scoring_rows);
+        cparams.n_seq_max     = 64;
+        cparams.n_outputs_max = scoring_rows;
+        cparams.kv_unified    = true;
+        scoring_              = new_context(cparams);
+    }
+    return scoring_.get();
+}
+
+llama_batch & loaded_model::side_batch(llama_context * ctx) {
+    const auto size = static_cast<int32_t>(llama_n_batch(ctx));
+    if (size > side_batch_size_) {
+        if (side_batch_.token) {
+            llama_batch_free(side_batch_);
+        }
+        side_batch_      = llama_batch_init(size, 0, 1);
+        side_batch_size_ = size;
+    }
+    return side_batch_;
 }
 
 void loaded_model::attach_threadpools(const load_params & params) {

@@ -15,17 +15,20 @@ namespace ai4all {
 
 // What a caller asked for, on its way through the queue.
 struct command {
-    enum class verb { load, unload, generate };
+    enum class verb { load, unload, generate, embed, score };
 
     verb                               what      = verb::generate;
     uint64_t                           id        = 0;
     int64_t                            submitted = 0;
     load_params                        load;
-    generate_params                    generate;
+    generate_params                    generate;  // score: its prompt
+    embed_params                       embed;
+    score_params                       score;
+    int64_t                            deadline_ns = 0;
     std::shared_ptr<std::atomic<bool>> cancelled;  // shared with engine::cancel()
 
     bool is_cancelled() const noexcept { return cancelled->load(std::memory_order_relaxed); }
-    bool is_late(int64_t now) const noexcept { return generate.deadline_ns != 0 && now >= generate.deadline_ns; }
+    bool is_late(int64_t now) const noexcept { return deadline_ns != 0 && now >= deadline_ns; }
 };
 
 // `tokens` is the prompt and all that was sampled; the first `n_past` of them are in the cache.
@@ -46,6 +49,9 @@ struct slot {
     timeline                     times;
     std::unique_ptr<sampler>     sampling;
     std::unique_ptr<text_stream> text;
+
+    std::vector<llama_token> cached;  // free: what the sequence still holds
+    int64_t                  last_used = 0;
 
     size_t pending() const noexcept { return tokens.size() - n_past; }
     bool   in_prompt() const noexcept { return n_past < n_prompt; }

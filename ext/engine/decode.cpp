@@ -1,0 +1,220 @@
+// Engine thread: one decode over all slots, from the plan of the batch to the sampled tokens.
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "engine_impl.h"
+#include "log_sink.h"
+
+namespace ai4all {
+
+namespace {
+
+// While sequences run, a prompt chunk may hold up their next token for about this long.
+constexpr double chunk_target_ns = 60e6;
+constexpr size_t smallest_chunk  = 16;
+}  // namespace
+
+void engine::impl::queue_tokens(slot & place, size_t n) {
+    llama_batch & batch = model->batch();
+    for (size_t i = 0; i < n; ++i) {
+        const int32_t k     = batch.n_tokens++;
+        const size_t  index = place.n_past + i;
+        batch.token[k]      = place.tokens[index];
+        batch.pos[k]        = static_cast<llama_pos>(index);
+        batch.n_seq_id[k]   = 1;
+        batch.seq_id[k][0]  = place.seq;
+        // Only the row that will be sampled from needs logits.
+        batch.logits[k] = index + 1 == place.tokens.size();
+        place.row       = batch.logits[k] ? k : -1;
+    }
+    place.n_queued = n;
+    watched.push_back(place.request.cancelled.get());
+}
+
+void engine::impl::plan_batch() {
+    model->batch().n_tokens = 0;
+    watched.clear();
+    watched_deadline = 0;
+
+    // Running sequences first: a prompt never keeps them waiting longer than one chunk.
+    size_t n_prompts = 0;
+    for (slot & place : slots) {
+        place.n_queued = 0;
+        place.row      = -1;
+        if (place.active && place.pending() == 1) {
+            queue_tokens(place, 1);
+        } else if (place.active) {
+            ++n_prompts;
+        }
+    }
+    // Prompts share the rest of one physical batch evenly, so that a short one is not stuck
+    // behind a long one.
+    size_t limit = model->info().n_ubatch;
+    if (model->batch().n_tokens > 0 && prompt_ns_per_token > 0.0) {
+        const auto affordable = static_cast<size_t>(chunk_target_ns / prompt_ns_per_token);
+        limit                 = std::min(limit, model->batch().n_tokens + std::max(affordable, smallest_chunk));
+    }
+    for (slot & place : slots) {
+        if (!place.active || place.n_queued > 0) {
+            continue;
+        }
+        const size_t room  = limit - std::min<size_t>(limit, model->batch().n_tokens);
+        const size_t share = (room + n_prompts - 1) / n_prompts;
+        --n_prompts;
+        const size_t n = std::min(place.pending(), share);
+        if (n == 0) {
+            continue;
+        }
+        queue_tokens(place, n);
+        const int64_t deadline = place.request.deadline_ns;
+        if (deadline != 0 && (watched_deadline == 0 || deadline < watched_deadline)) {
+            watched_deadline = deadline;
+        }
+    }
+    for (slot & place : slots) {
+        if (place.n_queued > 0) {
+            place.n_neighbours = std::max(place.n_neighbours, static_cast<int32_t>(watched.size()) - 1);
+        }
+    }
+}
+
+void engine::impl::roll_back() {
+    for (slot & place : slots) {
+        if (place.n_queued == 0) {
+            continue;
+        }
+        if (!llama_memory_seq_rm(model->memory(), place.seq, static_cast<llama_pos>(place.n_past), -1)) {
+            // A recurrent state has no way back but the beginning.
+            llama_memory_seq_rm(model->memory(), place.seq, -1, -1);
+            place.n_past = 0;
+        }
+    }
+}
+
+void engine::impl::step() {
+    plan_batch();
+    const int64_t begun  = now_ns();
+    const int32_t status = llama_decode(model->ctx(), model->batch());
+    watched.clear();
+    if (status == 2) {
+        // Broken off by should_abort(); whoever caused it is dropped before the next step.
+        roll_back();
+        return;
+    }
+    if (status != 0) {
+        const std::string log = log_take_errors();
+        for (slot & place : slots) {
+            if (place.n_queued > 0) {
+                // What the cache holds now is not known.
+                llama_memory_seq_rm(model->memory(), place.seq, -1, -1);
+                place.n_past = 0;
+                fail(place, status == -2 ? errc::out_of_memory : errc::compute_failed,
+                     "the decode failed with status " + std::to_string(status) + (log.empty() ? "" : ": " + log));
+            }
+        }
+        return;
+    }
+    llama_synchronize(model->ctx());
+    const int64_t now = now_ns();
+    if (model->batch().n_tokens >= static_cast<int32_t>(smallest_chunk) * 2) {
+        // Running sequences are a small part of such a batch; its time is that of its prompts.
+        const double ns     = static_cast<double>(now - begun) / model->batch().n_tokens;
+        prompt_ns_per_token = prompt_ns_per_token > 0.0 ? 0.7 * prompt_ns_per_token + 0.3 * ns : ns;
+    }
+    for (slot & place : slots) {
+        if (place.n_queued > 0) {
+            advance(place, now);
+        }
+    }
+}
+
+void engine::impl::advance(slot & place, int64_t now) {
+    const bool was_prompt = place.in_prompt();
+    place.n_past += place.n_queued;
+    if (was_prompt) {
+        event e;
+        e.kind          = event_kind::prompt_progress;
+        e.id            = place.request.id;
+        e.n_prompt_done = static_cast<int32_t>(std::min(place.n_past, place.n_prompt));
+        e.n_prompt      = static_cast<int32_t>(place.n_prompt);
+        out.push_back(std::move(e));
+        if (place.n_past >= place.n_prompt && place.times.prompt_done == 0) {
+            place.times.prompt_done = now;
+        }
+    }
+    if (place.row < 0) {
+        return;
+    }
+    try {
+        sample(place);
+    } catch (const engine_error & error) {
+        fail(place, error.code(), error.what());
+    } catch (const std::exception & error) {
+        fail(place, errc::compute_failed, error.what());
+    }
+}
+
+void engine::impl::sample(slot & place) {
+    event e;
+    e.kind = event_kind::token;
+    e.id   = place.request.id;
+    if (place.request.generate.logprobs >= 0) {
+        // Copied first: sampling may change the row.
+        const float * row = llama_get_logits_ith(model->ctx(), place.row);
+        logits.assign(row, row + (row ? model->info().n_vocab : 0));
+    }
+    const llama_token token = place.sampling->sample(model->ctx(), place.row);
+    place.times.last_token  = now_ns();
+    if (place.times.first_token == 0) {
+        place.times.first_token = place.times.last_token;
+    }
+    if (!place.request.generate.ignore_eos && llama_vocab_is_eog(model->vocab(), token)) {
+        finish(place, stop_reason::stop);
+        return;
+    }
+    place.tokens.push_back(token);
+    ++place.n_sampled;
+
+    if (place.request.generate.logprobs >= 0) {
+        e.logprobs = describe_token(token, place.request.generate.logprobs);
+    }
+    e.token    = token;
+    e.n_tokens = place.n_sampled;
+    e.text     = place.text->push(model->piece(token));
+    out.push_back(std::move(e));
+
+    if (place.text->stopped()) {
+        finish(place, stop_reason::stop);
+    } else if (place.n_sampled >= place.request.generate.max_tokens || place.tokens.size() > model->info().n_ctx) {
+        finish(place, stop_reason::length);
+    }
+}
+
+std::vector<token_logprob> engine::impl::describe_token(llama_token token, int32_t n_likeliest) const {
+    const auto    n_vocab = static_cast<int32_t>(logits.size());
+    const float * row     = logits.data();
+    const double  best    = *std::max_element(row, row + n_vocab);
+    double        sum     = 0.0;
+    for (int32_t i = 0; i < n_vocab; ++i) {
+        sum += std::exp(row[i] - best);
+    }
+    const double norm = best + std::log(sum);
+
+    std::vector<llama_token> order(n_vocab);
+    std::iota(order.begin(), order.end(), 0);
+    const auto n = std::clamp(n_likeliest, 0, n_vocab);
+    std::partial_sort(order.begin(), order.begin() + n, order.end(),
+                      [row](llama_token a, llama_token b) { return row[a] > row[b]; });
+    order.resize(n);
+    order.insert(order.begin(), token);
+
+    std::vector<token_logprob> result;
+    for (const llama_token id : order) {
+        result.push_back({id, static_cast<float>(row[id] - norm), utf8_sanitize(model->piece(id))});
+    }
+    return result;
+}
+
+}  // namespace ai4all

@@ -1,0 +1,102 @@
+// The engine's inside, shared by the files that implement it. See engine.h for the contract.
+
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "engine.h"
+#include "model.h"
+#include "notifier.h"
+#include "prefix_cache.h"
+#include "side_job.h"
+#include "slot.h"
+
+namespace ai4all {
+
+struct engine::impl {
+    explicit impl(size_t queue_capacity) : capacity(queue_capacity) {}
+
+    // --- any thread -------------------------------------------------------------------------
+
+    uint64_t submit(command cmd);
+    void     cancel(uint64_t id) noexcept;
+
+    // --- engine thread only -----------------------------------------------------------------
+
+    void                       run() noexcept;
+    void                       take_inbox();
+    void                       drop_ended_waiters();
+    void                       drop_ended_slots();
+    void                       admit();
+    void                       start(command cmd);
+    void                       do_load(command cmd);
+    void                       do_unload(const command & cmd);
+    void                       start_job(command cmd);
+    void                       advance_job();
+    void                       end_job(errc code, const std::string & message);
+    void                       drop_model();
+    slot *                     free_slot(const std::vector<llama_token> & prompt, const generate_params & params);
+    void                       prepare_cache(slot & place);
+    void                       step();
+    void                       plan_batch();
+    void                       queue_tokens(slot & place, size_t n);
+    void                       roll_back();
+    void                       advance(slot & place, int64_t now);
+    void                       sample(slot & place);
+    std::vector<token_logprob> describe_token(llama_token token, int32_t n_likeliest) const;
+    void                       finish(slot & place, stop_reason reason);
+    void                       fail(slot & place, errc code, const std::string & message);
+    void                       fail(const command & cmd, errc code, const std::string & message);
+    void                       end_command(uint64_t id);
+    void                       release(slot & place);
+    void                       fail_everything() noexcept;
+    void                       publish();
+    bool                       any_active() const;
+
+    static bool should_abort(void * self);
+
+    const size_t capacity;
+    notifier     wake_reader;
+
+    std::mutex                                                       mutex;  // of what follows
+    std::condition_variable                                          wake;
+    std::deque<command>                                              inbox;
+    std::unordered_map<uint64_t, std::shared_ptr<std::atomic<bool>>> live;
+    uint64_t                                                         last_id   = 0;
+    size_t                                                           n_waiting = 0;
+    bool                                                             model_due = false;  // loaded, or a load is queued
+    bool                                                             has_model = false;
+    model_info                                                       info;
+
+    std::atomic<bool> stopping{false};
+
+    std::mutex         events_mutex;
+    std::vector<event> events;
+
+    // Engine thread only.
+    std::deque<command>           backlog;
+    std::vector<slot>             slots;
+    std::unique_ptr<loaded_model> model;
+    int64_t                       model_ready = 0;
+    std::unique_ptr<side_job>     job;  // at most one; it takes turns with the slots
+    prefix_cache                  prefixes{0};
+    double                        prompt_ns_per_token = 0.0;  // as measured, for the size of chunks
+    std::vector<float>            logits;                     // the row that was sampled from, where it is asked for
+    std::vector<event>            out;
+    // What should_abort() looks at while a decode runs.
+    std::vector<const std::atomic<bool> *> watched;
+    int64_t                                watched_deadline = 0;
+
+    std::mutex  join_mutex;
+    std::thread thread;
+};
+
+}  // namespace ai4all
