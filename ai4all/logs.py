@@ -8,6 +8,7 @@ module changes nothing.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import logging.handlers
 import os
@@ -43,6 +44,7 @@ _CONTENT_KEYS = frozenset(
         "prompt", "question", "system_prompt", "text", "texts",
     }
 )  # fmt: skip
+_BLANK = re.compile(r"\s")
 _BEARER = re.compile(r"\b(bearer|basic)\s+[^\s'\",;]+", re.IGNORECASE)
 _HEADER = re.compile(
     r"\b((?:proxy-)?authorization|(?:set-)?cookie)(['\"]?\s*[:=]\s*).+", re.IGNORECASE
@@ -146,12 +148,20 @@ def redact(value: Any, secrets: tuple[str, ...] = (), depth: int = 0) -> Any:
 def _redact_text(text: str, secrets: tuple[str, ...]) -> str:
     for secret in secrets:
         text = text.replace(secret, REDACTED)
-    text = _HEADER.sub(rf"\1\2{REDACTED}", text)
-    text = _BEARER.sub(rf"\1 {REDACTED}", text)
-    text = _URL_CREDENTIALS.sub(rf"\1{REDACTED}@", text)
-    return _QUERY_SECRET.sub(rf"\1{REDACTED}", text)
+    # Most texts are names and ids. What no pattern can do without is looked for first, at a
+    # twentieth of the cost.
+    if ":" in text or "=" in text:
+        text = _HEADER.sub(rf"\1\2{REDACTED}", text)
+    if _BLANK.search(text) is not None:
+        text = _BEARER.sub(rf"\1 {REDACTED}", text)
+    if "@" in text:
+        text = _URL_CREDENTIALS.sub(rf"\1{REDACTED}@", text)
+    if "=" in text:
+        text = _QUERY_SECRET.sub(rf"\1{REDACTED}", text)
+    return text
 
 
+@functools.lru_cache(maxsize=1024)
 def _is_private(key: str) -> bool:
     return key.lower() in _CONTENT_KEYS or _SECRET_KEY.search(key) is not None
 
@@ -207,6 +217,23 @@ class _PrivateRotatingFile(logging.handlers.RotatingFileHandler):
         descriptor = os.open(self.baseFilename, flags, 0o600)
         os.fchmod(descriptor, 0o600)
         return os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, into a new file if it has no room in this one.
+
+        The library's way formats every record twice: once to measure it, once to write it.
+        """
+        try:
+            line = self.format(record) + self.terminator
+            if self.stream is None:
+                self.stream = self._open()
+            size = len(line.encode("utf-8", "backslashreplace"))
+            if self.maxBytes > 0 and self.stream.tell() + size > self.maxBytes:
+                self.doRollover()
+            self.stream.write(line)
+            self.flush()
+        except Exception:  # noqa: BLE001 - as the library does: a log never ends its program.
+            self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Say nothing: a full disk must not turn every event into a traceback on the terminal."""
