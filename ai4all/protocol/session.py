@@ -481,7 +481,7 @@ class Session:
             LocalProtocolError: The result holds something that JSON cannot.
         """
         message = SubmitResult(worker_id=self.worker_id, block_id=block_id, result=result)
-        return encode(message.stamped(self._envelope()))
+        return encode(message, self._envelope())
 
     def send_result(self, block_id: str, frame: str) -> None:
         """Deliver a result: now if registered, and after every registration until acknowledged.
@@ -563,4 +563,4 @@ class Session:
             self._state = advance(self._state, Event.ALL_DONE)
 
     def _send(self, message: Message) -> None:
-        self._outgoing.append(encode(message.stamped(self._envelope())))
+        self._outgoing.append(encode(message, self._envelope()))

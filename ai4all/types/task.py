@@ -92,8 +92,9 @@ class _Wire(BaseModel):
 
 def _from_name(kind: type[enum.StrEnum]) -> BeforeValidator:
     # Strict mode wants the enum itself; the wire has its value.
+    members = {member.value: member for member in kind}
     return BeforeValidator(
-        lambda value: kind(value) if isinstance(value, str) and value in set(kind) else value
+        lambda value: members.get(value, value) if isinstance(value, str) else value
     )
 
 
@@ -197,9 +198,7 @@ class _EmbeddingsToValidate(EmbeddingsInput):
 class ValidationInput(_Wire):
     """Input of ``VALIDATION``: a task to repeat and the hash its answer should have."""
 
-    task: Annotated[
-        _TextCompletionToValidate | _EmbeddingsToValidate, Field(discriminator="type")
-    ]
+    task: Annotated[_TextCompletionToValidate | _EmbeddingsToValidate, Field(discriminator="type")]
     expected_hash: str = Field(max_length=256)
 
 
