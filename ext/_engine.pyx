@@ -361,6 +361,15 @@ cdef class Engine:
             self._engine.stop()
 
 
+def quantize(bytes source, bytes target, *, str type, int threads):
+    """Re-encode a model file; blocks until done, without the GIL."""
+    cdef string from_path = source
+    cdef string to_path = target
+    cdef string name = type.encode()
+    with nogil:
+        native.quantize(from_path, to_path, name, threads)
+
+
 def build_info():
     """How the extension was built, as a dict."""
     cdef native.build_info info

@@ -191,6 +191,7 @@ cdef extern from "engine.h" namespace "ai4all" nogil:
         model_info model() except +ai4all_raise_fault
         void stop()
 
+    void quantize(string source, string target, string type, int32_t n_threads) except +ai4all_raise_fault
     build_info get_build_info() except +
     vector[device_info] get_devices() except +
     vector[log_line] drain_log() except +

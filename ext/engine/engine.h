@@ -236,6 +236,10 @@ class engine {
 
 // --- any thread, no engine needed -----------------------------------------------------------
 
+// Re-encode a model file; blocks until done. `type` is a name such as "Q8_0" or "Q4_K_M".
+// Throws engine_error: bad_request (no such type), load_failed, out_of_memory.
+void quantize(const std::string & source, const std::string & target, const std::string & type, int32_t n_threads);
+
 build_info               get_build_info();
 std::vector<device_info> get_devices();
 // Lines that llama.cpp logged since the last call, oldest first; bounded, old ones are dropped.

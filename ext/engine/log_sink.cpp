@@ -1,5 +1,6 @@
 #include "log_sink.h"
 
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <cstring>
@@ -55,11 +56,15 @@ void sink(ggml_log_level level, const char * text, void * /*user_data*/) {
 
 // GGML_ASSERT ends in abort() whatever this does: it can only say what happened. Without it the
 // default handler would fork a debugger. Only async-signal-safe calls.
+// In one write, so that threads that fail together do not mix their lines: a supervisor reads them.
 void on_abort(const char * message) {
-    constexpr char           prefix[] = "ai4all engine aborted: ";
-    [[maybe_unused]] ssize_t written  = write(STDERR_FILENO, prefix, sizeof(prefix) - 1);
-    written                           = write(STDERR_FILENO, message, std::strlen(message));
-    written                           = write(STDERR_FILENO, "\n", 1);
+    constexpr char prefix[] = "ai4all engine aborted: ";
+    const iovec    line[]   = {
+        {const_cast<char *>(prefix), sizeof(prefix) - 1},
+        {const_cast<char *>(message), std::strlen(message)},
+        {const_cast<char *>("\n"), 1},
+    };
+    [[maybe_unused]] const ssize_t written = writev(STDERR_FILENO, line, 3);
 }
 
 }  // namespace
