@@ -317,6 +317,13 @@ class InferenceBackend(abc.ABC):
     def loaded(self) -> LoadedModel | None:
         """The model that is ready, if any."""
 
+    async def open(self) -> None:  # noqa: B027 - most backends are ready once they are made.
+        """Make ready whatever ``capabilities`` needs. Entering the context does it, too.
+
+        Raises:
+            EngineUnavailable: It cannot run here.
+        """
+
     @abc.abstractmethod
     async def load(
         self,
@@ -359,7 +366,14 @@ class InferenceBackend(abc.ABC):
 
     @abc.abstractmethod
     def capabilities(self) -> Capabilities:
-        """What this backend can do on this machine."""
+        """What this backend can do on this machine; after ``open``."""
+
+    def pulse(self) -> int:
+        """A count that moves only while something is really being computed.
+
+        It stands still when the engine hangs, however lively the loop is. 0 is: not counted.
+        """
+        return 0
 
     @abc.abstractmethod
     async def close(self) -> None:
@@ -401,6 +415,7 @@ class InferenceBackend(abc.ABC):
         raise UnsupportedTask(f"the {self.name} backend does not score labels")
 
     async def __aenter__(self) -> InferenceBackend:
+        await self.open()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:

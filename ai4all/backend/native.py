@@ -394,6 +394,10 @@ class NativeBackend(InferenceBackend):
             build_info=_engine.build_info(),
         )
 
+    def pulse(self) -> int:
+        """A count of the native loop; see ``InferenceBackend.pulse``."""
+        return _engine.pulse()
+
     # Between the engine and the loop.
 
     def _submit(
