@@ -1,13 +1,16 @@
 """The thread that writes to the spool's database.
 
 All that is asked of it while one ``fsync`` runs goes into the next transaction (group commit): the
-disk sets the rate of transactions, the callers how many results share one.
+disk sets the rate of transactions, the callers how many results share one. What is asked in one
+turn of the loop comes over together, so that a busy loop fills transactions also of a disk that is
+faster than its turns.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import queue
 import sqlite3
 import threading
@@ -25,24 +28,46 @@ __all__ = ["Operation", "Writer", "call_on"]
 
 _log = structlog.get_logger(__name__)
 
-# Notes on what is running wait this long for a result to share their transaction with.
+# What is not urgent waits this long for a result to share its transaction with.
 _LAZY_S = 0.05
+_PATIENT_S = 0.005
 _MAX_BATCH = 512
 
 
 @dataclass(slots=True)
 class Operation:
-    """Statements that belong together, and what to call on the loop when their fate is known."""
+    """Statements that belong together, and what to call on the loop when their fate is known.
+
+    Attributes:
+        statements: SQL with its values.
+        patience: Seconds that it may wait for company.
+        loop: Where ``done`` is called.
+        done: Called with None or the error; without it, nobody waits for the operation.
+        error: What became of it.
+    """
 
     statements: list[tuple[str, tuple[object, ...]]]
+    patience: float = 0.0
     loop: asyncio.AbstractEventLoop | None = None
     done: Callable[[SpoolError | None], None] | None = None
     error: SpoolError | None = field(default=None, init=False)
 
-    @property
-    def is_lazy(self) -> bool:
-        """Nobody waits for it."""
-        return self.done is None
+    @classmethod
+    def note(cls, sql: str, values: tuple[object, ...]) -> Operation:
+        """A statement that nobody waits for."""
+        return cls([(sql, values)], _LAZY_S)
+
+    @classmethod
+    def awaited(
+        cls,
+        statements: list[tuple[str, tuple[object, ...]]],
+        done: Callable[[SpoolError | None], None],
+        *,
+        urgent: bool,
+    ) -> Operation:
+        """Statements that this loop waits for; what is not urgent may wait a little for company."""
+        loop = asyncio.get_running_loop()
+        return cls(statements, 0.0 if urgent else _PATIENT_S, loop, done)
 
 
 class _Stop:
@@ -58,17 +83,30 @@ class Writer:
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self._path = path
         self._connection = connection
-        self._queue: queue.SimpleQueue[Operation | _Stop] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[Operation] | _Stop] = queue.SimpleQueue()
+        self._gathered: list[Operation] = []
         # Daemon: what is committed is safe, and an owner that died must not keep the process.
         threading.Thread(target=self._run, name="ai4all-spool", daemon=True).start()
 
     def put(self, operation: Operation) -> None:
-        """Do this soon. Any thread."""
-        self._queue.put(operation)
+        """Do this soon. On the loop's thread."""
+        self._gathered.append(operation)
+        if len(self._gathered) > 1:
+            return
+        try:
+            asyncio.get_running_loop().call_soon(self._hand_over)
+        except RuntimeError:
+            self._hand_over()  # Between two runs of the loop.
 
     def stop(self, stopped: Callable[[], None] | None) -> None:
-        """Do what is queued, close the database, then call ``stopped`` on the thread."""
+        """Do what was asked, close the database, then call ``stopped`` on the thread."""
+        self._hand_over()
         self._queue.put(_Stop(stopped))
+
+    def _hand_over(self) -> None:
+        if self._gathered:
+            self._queue.put(self._gathered)
+            self._gathered = []
 
     def _run(self) -> None:
         while True:
@@ -88,24 +126,21 @@ class Writer:
 
     def _next_batch(self) -> tuple[list[Operation], _Stop | None]:
         batch: list[Operation] = []
-        lazy_until: float | None = None
+        due = math.inf  # When the least patient operation of the batch wants to be written.
         while len(batch) < _MAX_BATCH:
             try:
-                if lazy_until is None and batch:
-                    item = self._queue.get_nowait()
-                elif lazy_until is None:
-                    item = self._queue.get()
+                if batch:
+                    remaining = due - time.monotonic()
+                    item = self._queue.get(remaining > 0.0, max(0.0, remaining))
                 else:
-                    item = self._queue.get(timeout=max(0.0, lazy_until - time.monotonic()))
+                    item = self._queue.get()
             except queue.Empty:
                 break
             if isinstance(item, _Stop):
                 return batch, item
-            batch.append(item)
-            if not item.is_lazy:
-                lazy_until = None
-            elif len(batch) == 1:
-                lazy_until = time.monotonic() + _LAZY_S
+            batch += item
+            now = time.monotonic()
+            due = min(due, *(now + operation.patience for operation in item))
         return batch, None
 
     def _write(self, batch: list[Operation]) -> None:
@@ -136,7 +171,7 @@ class Writer:
     def _report(self, operation: Operation, exc: sqlite3.Error) -> SpoolError:
         error = SpoolError(self._path, problem(exc))
         error.__cause__ = exc
-        if operation.is_lazy:
+        if operation.done is None:
             _log.warning("spool_note_lost", problem=error.problem)
         return error
 

@@ -138,6 +138,7 @@ class Spool:
         self._results = {row.block_id: row.payload for row in rows}
         self._bytes = sum(len(row.payload) for row in rows)
         self._interrupted = dict.fromkeys(interrupted)
+        self._running: set[str] = set()
         # One operation of a block at a time; each ends with None or the error.
         self._busy: dict[str, asyncio.Future[SpoolError | None]] = {}
         self._closing: asyncio.Future[None] | None = None
@@ -245,6 +246,7 @@ class Spool:
                 f" {len(payload)} more are beyond the limit of {self._max_bytes}",
             )
         self._bytes += len(payload)
+        self._running.discard(block_id)
 
         def settled(error: SpoolError | None) -> None:
             if error is None:
@@ -270,15 +272,19 @@ class Spool:
             if error is None:
                 self._bytes -= len(self._results.pop(block_id))
 
-        await self._write(block_id, settled, (DELETE_RESULT, (block_id,)))
+        # Where a block runs, its result is about to come and can take this along.
+        urgent = not self._running
+        await self._write(block_id, settled, (DELETE_RESULT, (block_id,)), urgent=urgent)
 
     def begin(self, block_id: str) -> None:
         """Note that a block runs; see ``ResultSpool``."""
+        self._running.add(block_id)
         self._note("INSERT OR REPLACE INTO running VALUES (?, ?)", (block_id, self._clock()))
 
     def ended(self, block_id: str) -> None:
         """Note that a block no longer runs; see ``ResultSpool``."""
         self._interrupted.pop(block_id, None)
+        self._running.discard(block_id)
         self._note(_DELETE_RUNNING, (block_id,))
 
     async def close(self) -> None:
@@ -300,16 +306,16 @@ class Spool:
 
     def _note(self, sql: str, values: tuple[object, ...]) -> None:
         self._check_open()
-        self._writer.put(Operation([(sql, values)]))
+        self._writer.put(Operation.note(sql, values))
 
     async def _write(
         self,
         block_id: str,
         settled: Callable[[SpoolError | None], None],
         *statements: tuple[str, tuple[object, ...]],
+        urgent: bool = True,
     ) -> None:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[SpoolError | None] = loop.create_future()
+        future: asyncio.Future[SpoolError | None] = asyncio.get_running_loop().create_future()
         self._busy[block_id] = future
 
         def done(error: SpoolError | None) -> None:
@@ -317,7 +323,7 @@ class Spool:
             settled(error)
             future.set_result(error)
 
-        self._writer.put(Operation(list(statements), loop, done))
+        self._writer.put(Operation.awaited(list(statements), done, urgent=urgent))
         # Shielded: who stops waiting does not undo what is on its way to the disk.
         error = await asyncio.shield(future)
         if error is not None:
