@@ -16,7 +16,7 @@ from typing import Final, Protocol
 
 import structlog
 
-from ai4all.backend.base import Completion, EngineOptions, InferenceBackend, LoadedModel
+from ai4all.backend.base import EngineOptions, InferenceBackend, LoadedModel
 from ai4all.errors import (
     ComputeError,
     DeadlineExceeded,
@@ -27,7 +27,7 @@ from ai4all.errors import (
     ModelError,
 )
 from ai4all.protocol.messages import Assignment
-from ai4all.tasks import Job, compute, parse_input
+from ai4all.tasks import Computed, Job, compute, parse_input
 from ai4all.types.model import ModelFile
 from ai4all.types.task import BlockMetrics, TaskResult
 
@@ -259,8 +259,8 @@ async def _attempt(
         success=True,
         output=computed.output,
         error=None,
-        metrics=_metrics(computed.completion, load_ms, backend),
-        fingerprint=computed.completion.fingerprint,
+        metrics=_metrics(computed, load_ms, backend),
+        fingerprint=computed.fingerprint,
     )
 
 
@@ -278,9 +278,9 @@ async def _find(model_id: str, backend: InferenceBackend, models: ModelSource) -
     return await asyncio.to_thread(models.get, model_id)
 
 
-def _metrics(completion: Completion, load_ms: float, backend: InferenceBackend) -> BlockMetrics:
+def _metrics(computed: Computed, load_ms: float, backend: InferenceBackend) -> BlockMetrics:
     """The figures of the native loop; a load that the block had to wait for is added to them."""
-    timings = completion.timings
+    timings = computed.timings
     return BlockMetrics(
         queue_time_ms=timings.queue_ms,
         execution_time_ms=timings.total_ms - timings.queue_ms - timings.load_ms,
@@ -288,7 +288,7 @@ def _metrics(completion: Completion, load_ms: float, backend: InferenceBackend) 
         load_time_ms=timings.load_ms + load_ms,
         prompt_time_ms=timings.prompt_ms,
         time_to_first_token_ms=timings.time_to_first_token_ms,
-        tokens_processed=completion.usage.total_tokens,
+        tokens_processed=computed.usage.total_tokens,
         tokens_per_second=timings.decode_tokens_per_second,
         peak_memory_mb=backend.resource_usage().memory_mb,
     )

@@ -108,7 +108,6 @@ async def test_progress_ends_at_what_was_possible() -> None:
         ({"prompt": "secret", "seed": True}, "input.seed: "),
         ({"prompt": "secret", "max_tokens": "7"}, "input.max_tokens: "),
         ({"prompt": "secret", "stop_sequences": [""]}, "input.stop_sequences.0: "),
-        ({"prompt": "secret", "logprobs": 0}, "input.logprobs: "),
         ({"prompt": "secret", "grammar": "x", "json_schema": {}}, "input.grammar: "),
     ],
 )

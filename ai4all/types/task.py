@@ -9,7 +9,15 @@ from __future__ import annotations
 import enum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+)
 
 __all__ = [
     "BlockMetrics",
@@ -34,6 +42,8 @@ __all__ = [
     "TaskType",
     "TextCompletionInput",
     "TextCompletionOutput",
+    "TokenLikelihood",
+    "TokenLogprobs",
     "Usage",
     "ValidationInput",
     "ValidationOutput",
@@ -213,7 +223,35 @@ INPUT_MODELS: dict[TaskType, type[_Wire]] = {
 """The input model of each inference task. Training and crawling have none: not offered here."""
 
 
-class TextCompletionOutput(_Wire):
+class TokenLikelihood(_Wire):
+    """A token with the natural-log probability that the model gave it."""
+
+    token: int
+    text: str
+    logprob: float
+
+
+class TokenLogprobs(TokenLikelihood):
+    """A token of an answer, and the likeliest ones in its place, the likeliest first."""
+
+    top: list[TokenLikelihood] = Field(default_factory=list)
+
+
+class _Generated(_Wire):
+    """Output of a task that generates. ``logprobs`` is there only when the input asks for it."""
+
+    logprobs: list[TokenLogprobs] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent_logprobs(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = write(self)
+        if self.logprobs is None:
+            # The first protocol does not know the field.
+            fields.pop("logprobs", None)
+        return fields
+
+
+class TextCompletionOutput(_Generated):
     """Output of ``TEXT_COMPLETION``."""
 
     task_type: Literal["TEXT_COMPLETION"] = "TEXT_COMPLETION"
@@ -247,7 +285,7 @@ class ClassificationOutput(_Wire):
     usage: Usage
 
 
-class QuestionAnsweringOutput(_Wire):
+class QuestionAnsweringOutput(_Generated):
     """Output of ``QUESTION_ANSWERING``; spans are ``[start, end)`` in characters of the context."""
 
     task_type: Literal["QUESTION_ANSWERING"] = "QUESTION_ANSWERING"
@@ -257,7 +295,7 @@ class QuestionAnsweringOutput(_Wire):
     usage: Usage
 
 
-class SummarizationOutput(_Wire):
+class SummarizationOutput(_Generated):
     """Output of ``SUMMARIZATION``; the ratio is summary words over text words."""
 
     task_type: Literal["SUMMARIZATION"] = "SUMMARIZATION"

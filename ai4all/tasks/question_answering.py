@@ -1,0 +1,90 @@
+"""``QUESTION_ANSWERING``: an answer from a context, how sure the model is, and where it stands."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Final
+
+from ai4all.backend.base import Completion, GenerateRequest
+from ai4all.errors import BadRequest, EngineCrashed
+from ai4all.tasks.evidence import find_evidence
+from ai4all.tasks.generation import (
+    computed,
+    generate,
+    reported_logprobs,
+    request_for,
+    speaks_chat,
+)
+from ai4all.tasks.job import Computed, Job
+from ai4all.types.task import QuestionAnsweringInput, QuestionAnsweringOutput
+
+__all__ = ["answer_question", "check_question", "confidence"]
+
+_SYSTEM_PROMPT: Final = (
+    "Answer the question from the given context alone. "
+    "Reply with the answer only, as short as possible, in the words of the context."
+)
+
+
+def check_question(task_input: QuestionAnsweringInput) -> None:
+    """Refuse a question or a context that says nothing.
+
+    Raises:
+        BadRequest: With the field.
+    """
+    for name in ("question", "context"):
+        if not getattr(task_input, name).strip():
+            raise BadRequest(f"input.{name}: is empty")
+
+
+async def answer_question(job: Job, task_input: QuestionAnsweringInput) -> Computed:
+    """Answer from the context, and say where in it the answer is found.
+
+    Raises:
+        ContextOverflow: The context does not fit into the model's; it is never cut.
+    """
+    completion = await generate(job, _request(job, task_input))
+    answer = completion.text.strip()
+    output = QuestionAnsweringOutput(
+        answer=answer,
+        confidence=confidence(completion),
+        evidence_spans=find_evidence(answer, task_input.question, task_input.context),
+        usage=completion.usage,
+        logprobs=reported_logprobs(task_input, completion),
+    )
+    return computed(output, completion)
+
+
+def confidence(completion: Completion) -> float:
+    """Geometric mean of the probabilities that the model gave to the answer's tokens.
+
+    They are the model's own, whatever the sampling did with them. Tokens that lie beyond the end
+    of the text, such as those of a stop sequence, do not count. 0 for an empty answer.
+
+    Raises:
+        EngineCrashed: The engine gave no probabilities.
+    """
+    if not completion.text.strip():
+        return 0.0
+    length = 0
+    logprobs: list[float] = []
+    for token in completion.logprobs:
+        if length >= len(completion.text):
+            break
+        length += len(token.text)
+        logprobs.append(token.logprob)
+    if not logprobs:
+        raise EngineCrashed("the engine gave no log probabilities")
+    return min(1.0, math.exp(math.fsum(logprobs) / len(logprobs)))
+
+
+def _request(job: Job, task_input: QuestionAnsweringInput) -> GenerateRequest:
+    asked = f"Context: {task_input.context}\n\nQuestion: {task_input.question}"
+    if speaks_chat(job):
+        request = request_for(task_input, asked, _SYSTEM_PROMPT, job.deadline)
+    else:
+        # A model without a chat template goes on with questions of its own.
+        request = request_for(task_input, f"{asked}\nAnswer:", None, job.deadline)
+        request = replace(request, stop=(*request.stop, "\n"))
+    return replace(request, logprobs=task_input.logprobs or 0)
