@@ -108,6 +108,8 @@ def configure_logging(
     for name, least in _LIBRARIES.items():
         logging.getLogger(name).setLevel(max(level, least))
     logging.captureWarnings(True)
+    # What no line of ours shows is not looked up either (logging's own advice on optimization).
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
@@ -216,6 +218,7 @@ class _PrivateRotatingFile(logging.handlers.RotatingFileHandler):
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(self.baseFilename, flags, 0o600)
         os.fchmod(descriptor, 0o600)
+        self._size = os.fstat(descriptor).st_size
         return os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace")
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -228,8 +231,9 @@ class _PrivateRotatingFile(logging.handlers.RotatingFileHandler):
             if self.stream is None:
                 self.stream = self._open()
             size = len(line.encode("utf-8", "backslashreplace"))
-            if self.maxBytes > 0 and self.stream.tell() + size > self.maxBytes:
+            if self.maxBytes > 0 and self._size + size > self.maxBytes:
                 self.doRollover()
+            self._size += size
             self.stream.write(line)
             self.flush()
         except Exception:  # noqa: BLE001 - as the library does: a log never ends its program.

@@ -337,7 +337,7 @@ class Worker:
 
     def _on_acknowledged(self, block_id: str, accepted: bool, error: str | None) -> None:
         if accepted:
-            _log.info("result_accepted", block_id=block_id)
+            _log.debug("result_accepted", block_id=block_id)
         else:
             _log.warning("result_refused", block_id=block_id, reason=error)
         self._observe(BlockAcknowledged(block_id, accepted, error))

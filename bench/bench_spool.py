@@ -8,31 +8,18 @@ data on the disk in question with ``--basetemp``.
 from __future__ import annotations
 
 import asyncio
-import os
-import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from control_plane import fsyncs_per_second
 
 from ai4all.delivery.spool import MemorySpool, ResultSpool, Spool
 
 # About the size of the result of a hundred tokens.
 PAYLOAD = b"x" * 1500
 COMMITS = 256
-
-
-def fsyncs_per_second(directory: Path) -> float:
-    descriptor = os.open(directory / "fsync", os.O_RDWR | os.O_CREAT)
-    try:
-        started = time.perf_counter()
-        for n in range(100):
-            os.pwrite(descriptor, PAYLOAD, n * len(PAYLOAD))
-            os.fsync(descriptor)
-        return 100 / (time.perf_counter() - started)
-    finally:
-        os.close(descriptor)
 
 
 class Bench:

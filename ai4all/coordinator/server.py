@@ -9,6 +9,7 @@ them, and a frame of any type that the first protocol does not name is a violati
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections import deque
@@ -557,12 +558,14 @@ class EmbeddedCoordinator:
         self._observe(event)
 
     def _observe(self, event: Event) -> None:
-        _log.debug(
-            "coordinator",
-            kind=str(event.kind),
-            worker_id=event.worker_id,
-            block_id=event.block_id,
-            detail=event.detail,
-        )
+        # A look at the level is cheaper than a line that nobody reads, and there are many.
+        if logging.getLogger(__name__).isEnabledFor(logging.DEBUG):
+            _log.debug(
+                "coordinator",
+                kind=str(event.kind),
+                worker_id=event.worker_id,
+                block_id=event.block_id,
+                detail=event.detail,
+            )
         if self._on_event is not None:
             self._on_event(event)
