@@ -255,7 +255,14 @@ async def test_what_it_says_of_itself() -> None:
     assert register["type"] == "Register"
     assert register["benchmark_score"] == 0.5
     capabilities = register["capabilities"]
-    assert capabilities["supported_tasks"] == ["TEXT_COMPLETION"]
+    assert capabilities["supported_tasks"] == [
+        "TEXT_COMPLETION",
+        "EMBEDDINGS",
+        "CLASSIFICATION",
+        "QUESTION_ANSWERING",
+        "SUMMARIZATION",
+        "VALIDATION",
+    ]
     assert capabilities["supports_training"] is False
     assert capabilities["compute_score"] == 0.5
     assert capabilities["max_concurrent_tasks"] == 3
@@ -310,12 +317,12 @@ async def test_heartbeats_tell_the_truth_while_the_engine_works() -> None:
 UNFIT = [
     ({"model_id": "mixtral"}, "model_not_found", "mixtral"),
     ({"task_type": "WEB_CRAWL"}, "unsupported_task", "WEB_CRAWL"),
-    ({"task_type": "EMBEDDINGS", "input": {"texts": ["x"]}}, "unsupported_task", "EMBEDDINGS"),
+    ({"task_type": "TRAINING_BATCH", "input": {}}, "unsupported_task", "TRAINING_BATCH"),
     ({"task_type": "PAINTING"}, "unsupported_task", "task type"),
     ({"input": {"prompt": 7}}, "bad_request", "input.prompt: "),
     ({"input": {"max_tokens": 0}}, "bad_request", "input.max_tokens: "),
     ({"input": {"temperature": -1}}, "bad_request", "input.temperature: "),
-    ({"input": {"logprobs": 3}}, "bad_request", "input.logprobs: "),
+    ({"input": {"grammar": "x", "json_schema": {}}}, "bad_request", "input.grammar: "),
     ({"deadline": "tomorrow"}, "bad_request", "Assignment.deadline: "),
     ({"deadline": deadline(-1)}, "deadline_exceeded", "deadline"),
 ]

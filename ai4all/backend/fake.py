@@ -11,23 +11,34 @@ import asyncio
 import contextlib
 import hashlib
 import time
-import zlib
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from ai4all.backend.base import (
     Capabilities,
     Completion,
+    Embeddings,
+    EmbedRequest,
     EngineOptions,
     GenerateRequest,
     GenerationEvent,
     InferenceBackend,
+    LabelScores,
     LoadedModel,
     PromptProgress,
     ResourceUsage,
+    ScoreRequest,
     Timings,
     TokenEvent,
+)
+from ai4all.backend.fake_meaning import word_likelihood, word_vectors
+from ai4all.backend.fake_script import (
+    Script,
+    ScriptedAnswer,
+    ScriptedGeneration,
+    token_at,
+    token_ms,
 )
 from ai4all.errors import (
     Ai4allError,
@@ -41,50 +52,9 @@ from ai4all.types.task import Fingerprint, FinishReason, Usage
 
 __all__ = ["FakeBackend", "FakeCalls", "ScriptedGeneration"]
 
-_WORDS = ("the", "river", "carries", "its", "stones", "slowly", "towards", "a", "distant", "sea")
 
 # A long answer without delays must still let the loop's other tasks run now and then.
 _TOKENS_BETWEEN_YIELDS = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScriptedGeneration:
-    """What the backend does for one request.
-
-    Attributes:
-        tokens: The answer, one entry a token. None: words that follow from the prompt, as many as
-            ``max_tokens`` allows. A list that runs out ends the answer, or starts over when the
-            request says ``ignore_eos``.
-        queue_ms: Queue time to report; it is not waited.
-        prompt_ms: Time for the prompt, reported and waited.
-        prompt_chunks: Number of ``PromptProgress`` events in that time.
-        token_ms: Time for each token, reported and waited.
-        token_ms_at: Times that differ, by index of the token.
-        error: Raised in place of token number ``error_at``; ``completion_tokens`` is added to the
-            details of a ``ComputeError`` that has none.
-        error_at: Index of the token that fails; 0 fails after the prompt.
-        hang_at: Index of the token that never comes: not at the deadline either, as with an
-            engine that hangs. Closing the iterator or the backend ends it.
-    """
-
-    tokens: tuple[str, ...] | None = None
-    queue_ms: float = 0.0
-    prompt_ms: float = 0.0
-    prompt_chunks: int = 1
-    token_ms: float = 0.0
-    token_ms_at: dict[int, float] = field(default_factory=dict)
-    error: Ai4allError | None = None
-    error_at: int = 0
-    hang_at: int | None = None
-
-
-Script = (
-    ScriptedGeneration
-    | Sequence[ScriptedGeneration]
-    | Callable[[GenerateRequest, int], ScriptedGeneration]
-)
-"""One script for all requests; one for each in turn, the last repeated; or a function of the
-request and its number."""
 
 
 @dataclass(slots=True)
@@ -102,13 +72,17 @@ class FakeCalls:
     cancelled: int = 0
     closes: int = 0
     requests: list[GenerateRequest] = field(default_factory=list)
+    embeddings: list[EmbedRequest] = field(default_factory=list)
+    scores: list[ScoreRequest] = field(default_factory=list)
 
 
 class FakeBackend(InferenceBackend):
     """Serves ``InferenceBackend`` from a script.
 
     Args:
-        script: What each request gets. By default, words at once.
+        script: What each generation gets. By default, words at once.
+        score: Log-likelihoods of a request's continuations. By default, those are likely whose
+            words are in the prompt. Embeddings always follow from the words of the texts.
         load_ms: Time of a load, reported and waited.
         load_error: Raised at the end of each load.
         n_ctx: Context of a sequence when the options leave it open. A prompt counts one token a
@@ -128,6 +102,7 @@ class FakeBackend(InferenceBackend):
         self,
         script: Script | None = None,
         *,
+        score: Callable[[ScoreRequest], Sequence[float]] | None = None,
         load_ms: float = 0.0,
         load_error: Ai4allError | None = None,
         n_ctx: int = 4096,
@@ -139,6 +114,7 @@ class FakeBackend(InferenceBackend):
         self.calls = FakeCalls()
         self.active = 0
         self._script = ScriptedGeneration() if script is None else script
+        self._score = _score_by_words if score is None else score
         self._load_ms = load_ms
         self._load_error = load_error
         self._n_ctx = n_ctx
@@ -218,11 +194,7 @@ class FakeBackend(InferenceBackend):
             EngineClosed: Closed, or nothing is loaded or loading.
             Ai4allError: The scripted one.
         """
-        self._check_open()
-        if self._loaded is None and self._loading is None:
-            raise EngineClosed("no model is loaded")
-        if self.active + len(self._waiting) >= self._max_queue:
-            raise EngineBusy(f"{self._max_queue} requests are waiting already")
+        self._check_ready()
         script = self._script_for(request, self.calls.generations)
         self.calls.generations += 1
         self.calls.requests.append(request)
@@ -241,6 +213,43 @@ class FakeBackend(InferenceBackend):
             if not done:
                 self.calls.cancelled += 1
             raise
+
+    async def embed(self, request: EmbedRequest) -> Embeddings:
+        """Rows of equal length whatever the model; texts that share words are close.
+
+        Raises:
+            As ``generate``.
+        """
+        self._check_ready()
+        self.calls.embeddings.append(request)
+        counts = [_count_words(text) for text in request.texts]
+        async with self._side_job(request.deadline, max(counts)) as (model, load_ms):
+            return Embeddings(
+                vectors=word_vectors(request.texts, normalize=request.normalize),
+                prompt_tokens=sum(counts),
+                timings=_side_timings(load_ms),
+                fingerprint=self._fingerprint(model),
+            )
+
+    async def score_labels(self, request: ScoreRequest) -> LabelScores:
+        """The scripted log-likelihoods; a continuation counts one token a word.
+
+        Raises:
+            As ``generate``.
+        """
+        self._check_ready()
+        self.calls.scores.append(request)
+        counts = tuple(_count_words(text) for text in request.continuations)
+        prompt_tokens = _count_words(f"{request.system_prompt or ''} {request.prompt}")
+        async with self._side_job(request.deadline, prompt_tokens + max(counts)) as held:
+            model, load_ms = held
+            return LabelScores(
+                log_likelihoods=tuple(self._score(request)),
+                token_counts=counts,
+                prompt_tokens=prompt_tokens,
+                timings=_side_timings(load_ms),
+                fingerprint=self._fingerprint(model),
+            )
 
     def resource_usage(self) -> ResourceUsage:
         """The scripted memory, and one thread for each active generation."""
@@ -273,18 +282,14 @@ class FakeBackend(InferenceBackend):
     async def _play(
         self, script: ScriptedGeneration, request: GenerateRequest
     ) -> AsyncGenerator[GenerationEvent, None]:
-        load_ms = await self._wait_for_load(request)
-        await self._take_slot(request)
+        load_ms = await self._wait_for_load(request.deadline)
+        await self._take_slot(request.deadline)
         try:
             model = self._loaded
             if model is None:
                 raise EngineClosed("the model was unloaded")
-            prompt_tokens = _count_tokens(request)
-            if prompt_tokens >= model.n_ctx:
-                raise ContextOverflow(
-                    f"the prompt has {prompt_tokens} tokens, the context {model.n_ctx}",
-                    {"prompt_tokens": prompt_tokens, "n_ctx": model.n_ctx},
-                )
+            prompt_tokens = _count_words(f"{request.system_prompt or ''} {request.prompt}")
+            _check_fits(prompt_tokens, model)
             # As with a real engine, the first event is never ready at once.
             await asyncio.sleep(0)
             chunks = max(1, script.prompt_chunks)
@@ -292,16 +297,18 @@ class FakeBackend(InferenceBackend):
                 await self._pause(script.prompt_ms / chunks, request.deadline, 0)
                 yield PromptProgress(prompt_tokens * chunk // chunks, prompt_tokens)
 
-            answer = _Answer(request)
+            answer = ScriptedAnswer(request)
             room = min(request.max_tokens, model.n_ctx - prompt_tokens)
             for index in range(room):
-                token = _token_at(script, request, index)
+                token = token_at(script, request, index)
                 if token is None:
                     answer.finish_reason = FinishReason.STOP
                     break
                 await self._step(script, request, index)
-                certain = answer.add(token)
-                yield TokenEvent(certain, (answer.token_ids[-1],), index + 1)
+                certain = answer.add(token, script)
+                yield TokenEvent(
+                    certain, (answer.token_ids[-1],), index + 1, tuple(answer.logprobs[index:])
+                )
                 if answer.finish_reason is FinishReason.STOP:
                     break
             rest = answer.flush()
@@ -311,22 +318,39 @@ class FakeBackend(InferenceBackend):
         finally:
             self._free_slot()
 
+    @contextlib.asynccontextmanager
+    async def _side_job(
+        self, deadline: float | None, tokens: int
+    ) -> AsyncIterator[tuple[LoadedModel, float]]:
+        load_ms = await self._wait_for_load(deadline)
+        await self._take_slot(deadline)
+        try:
+            model = self._loaded
+            if model is None:
+                raise EngineClosed("the model was unloaded")
+            _check_fits(tokens, model)
+            await asyncio.sleep(0)
+            await self._pause(0.0, deadline, 0)
+            yield model, load_ms
+        finally:
+            self._free_slot()
+
     async def _step(self, script: ScriptedGeneration, request: GenerateRequest, index: int) -> None:
         if script.hang_at == index:
             await self._closing.wait()
             raise EngineClosed("the backend was closed")
-        await self._pause(_token_ms(script, index), request.deadline, index)
+        await self._pause(token_ms(script, index), request.deadline, index)
         if script.error is not None and script.error_at == index:
             raise _with_token_count(script.error, index)
         if index % _TOKENS_BETWEEN_YIELDS == _TOKENS_BETWEEN_YIELDS - 1:
             await asyncio.sleep(0)
 
-    async def _wait_for_load(self, request: GenerateRequest) -> float:
+    async def _wait_for_load(self, deadline: float | None) -> float:
         loading = self._loading
         if loading is None:
             return 0.0
         try:
-            async with asyncio.timeout(_remaining(request.deadline)):
+            async with asyncio.timeout(_remaining(deadline)):
                 await asyncio.shield(loading)
         except TimeoutError:
             raise _deadline_exceeded(0) from None
@@ -335,14 +359,14 @@ class FakeBackend(InferenceBackend):
             raise self._load_error or EngineClosed("the load did not finish")
         return self._load_ms
 
-    async def _take_slot(self, request: GenerateRequest) -> None:
+    async def _take_slot(self, deadline: float | None) -> None:
         if self.active < self._options.n_slots:
             self.active += 1
             return
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(waiter)
         try:
-            async with asyncio.timeout(_remaining(request.deadline)):
+            async with asyncio.timeout(_remaining(deadline)):
                 await waiter
         except BaseException as error:
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
@@ -383,6 +407,13 @@ class FakeBackend(InferenceBackend):
         if self._closing.is_set():
             raise EngineClosed("the backend is closed")
 
+    def _check_ready(self) -> None:
+        self._check_open()
+        if self._loaded is None and self._loading is None:
+            raise EngineClosed("no model is loaded")
+        if self.active + len(self._waiting) >= self._max_queue:
+            raise EngineBusy(f"{self._max_queue} requests are waiting already")
+
     def _script_for(self, request: GenerateRequest, number: int) -> ScriptedGeneration:
         if isinstance(self._script, ScriptedGeneration):
             return self._script
@@ -395,16 +426,14 @@ class FakeBackend(InferenceBackend):
         script: ScriptedGeneration,
         request: GenerateRequest,
         model: LoadedModel,
-        answer: _Answer,
+        answer: ScriptedAnswer,
         prompt_tokens: int,
         load_ms: float,
     ) -> Completion:
         sampled = len(answer.token_ids)
-        first_sample_ms = _token_ms(script, 0) if sampled else 0.0
-        rest_ms = sum(_token_ms(script, index) for index in range(1, sampled))
+        first_sample_ms = token_ms(script, 0) if sampled else 0.0
+        rest_ms = sum(token_ms(script, index) for index in range(1, sampled))
         to_first_token = script.queue_ms + load_ms + script.prompt_ms + first_sample_ms
-        ids = b"".join(token.to_bytes(4, "little") for token in answer.token_ids)
-        options = self._options
         return Completion(
             text=answer.text,
             token_ids=tuple(answer.token_ids),
@@ -424,89 +453,67 @@ class FakeBackend(InferenceBackend):
                 prompt_tokens_per_second=_rate(prompt_tokens, script.prompt_ms),
                 decode_tokens_per_second=_rate(sampled - 1, rest_ms),
             ),
-            fingerprint=Fingerprint(
-                model_sha256=model.file.sha256,
-                engine_build="fake",
-                backend="cpu",
-                device=model.device,
-                threads=model.threads,
-                n_ctx=model.n_ctx,
-                n_batch=options.n_batch,
-                n_ubatch=options.n_ubatch,
-                kv_type=options.kv_type,
-                flash_attention=options.flash_attention,
-                seed=request.seed if request.seed is not None else 0,
-                deterministic=request.deterministic,
-                prefix_reused=0,
-                batched_with=0,
-                output_tokens_sha256=hashlib.sha256(ids).hexdigest(),
+            fingerprint=self._fingerprint(
+                model, answer.token_ids, request.seed or 0, request.deterministic
             ),
+            logprobs=tuple(answer.logprobs),
+        )
+
+    def _fingerprint(
+        self,
+        model: LoadedModel,
+        token_ids: Sequence[int] = (),
+        seed: int = 0,
+        deterministic: bool = False,
+    ) -> Fingerprint:
+        ids = b"".join(token.to_bytes(4, "little") for token in token_ids)
+        options = self._options
+        return Fingerprint(
+            model_sha256=model.file.sha256,
+            engine_build="fake",
+            backend="cpu",
+            device=model.device,
+            threads=model.threads,
+            n_ctx=model.n_ctx,
+            n_batch=options.n_batch,
+            n_ubatch=options.n_ubatch,
+            kv_type=options.kv_type,
+            flash_attention=options.flash_attention,
+            seed=seed,
+            deterministic=deterministic,
+            prefix_reused=0,
+            batched_with=0,
+            output_tokens_sha256=hashlib.sha256(ids).hexdigest(),
         )
 
 
-class _Answer:
-    """The text so far, with what could still become a stop sequence held back."""
+def _count_words(text: str) -> int:
+    return max(1, len(text.split()))
 
-    def __init__(self, request: GenerateRequest) -> None:
-        self.token_ids: list[int] = []
-        self.text = ""
-        self.finish_reason = FinishReason.LENGTH
-        self._stop = request.stop
-        self._given = 0
 
-    def add(self, token: str) -> str:
-        """Take the next token; return the text that became certain."""
-        self.token_ids.append(zlib.crc32(token.encode()) % 32_000)
-        self.text += token
-        found = [at for at in (self.text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self.text = self.text[: min(found)]
-            self.finish_reason = FinishReason.STOP
-            return self.flush()
-        return self._give(len(self.text) - self._open_stop_length())
-
-    def flush(self) -> str:
-        """Return all that was held back."""
-        return self._give(len(self.text))
-
-    def _give(self, end: int) -> str:
-        certain = self.text[self._given : end]
-        self._given += len(certain)
-        return certain
-
-    def _open_stop_length(self) -> int:
-        return max(
-            (
-                length
-                for stop in self._stop
-                for length in range(1, len(stop))
-                if self.text.endswith(stop[:length])
-            ),
-            default=0,
+def _check_fits(tokens: int, model: LoadedModel) -> None:
+    if tokens >= model.n_ctx:
+        raise ContextOverflow(
+            f"the prompt has {tokens} tokens, the context {model.n_ctx}",
+            {"prompt_tokens": tokens, "n_ctx": model.n_ctx},
         )
 
 
-def _token_at(script: ScriptedGeneration, request: GenerateRequest, index: int) -> str | None:
-    if script.tokens is None:
-        # Follows from the prompt, so that a test sees whose answer it got.
-        seed = zlib.crc32(request.prompt.encode())
-        return " " + _WORDS[zlib.crc32(b"%d" % index, seed) % len(_WORDS)]
-    if index < len(script.tokens):
-        return script.tokens[index]
-    if request.ignore_eos and script.tokens:
-        return script.tokens[index % len(script.tokens)]
-    # A fault planned for after the answer's last token still happens.
-    if index in (script.hang_at, script.error_at if script.error is not None else None):
-        return ""
-    return None
+def _score_by_words(request: ScoreRequest) -> list[float]:
+    return [word_likelihood(request.prompt, text) for text in request.continuations]
 
 
-def _token_ms(script: ScriptedGeneration, index: int) -> float:
-    return script.token_ms_at.get(index, script.token_ms)
-
-
-def _count_tokens(request: GenerateRequest) -> int:
-    return max(1, len(request.prompt.split()) + len((request.system_prompt or "").split()))
+def _side_timings(load_ms: float) -> Timings:
+    return Timings(
+        queue_ms=0.0,
+        load_ms=load_ms,
+        prompt_ms=0.0,
+        first_sample_ms=0.0,
+        time_to_first_token_ms=None,
+        total_ms=load_ms,
+        prompt_tokens_per_second=None,
+        decode_tokens_per_second=None,
+    )
 
 
 def _remaining(deadline: float | None) -> float | None:
