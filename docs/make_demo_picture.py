@@ -30,7 +30,7 @@ SVG = """\
 <title>Output of ai4all-native demo</title>
 <style>
 .{unique_id}-matrix {{
-  font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  font-family: monospace;
   font-size: {char_height}px;
   line-height: {line_height}px;
 }}
