@@ -61,6 +61,7 @@ class Engine:
         json_schema: bytes,
         logprobs: int,
         reuse_prefix: bool,
+        speculate: bool,
         deadline_ns: int,
     ) -> int: ...
     def embed(self, texts: tuple[bytes, ...], *, normalize: bool, deadline_ns: int) -> int: ...

@@ -121,6 +121,8 @@ cdef tuple event_of(native.event & event):
             event.n_tokens,
             event.n_reused,
             event.n_neighbours,
+            event.n_drafted,
+            event.n_draft_right,
             times_of(event.times),
         )
     if event.kind == native.event_kind.failed:
@@ -239,6 +241,7 @@ cdef class Engine:
         bytes json_schema,
         int logprobs,
         bint reuse_prefix,
+        bint speculate,
         int64_t deadline_ns,
     ):
         """Queue a generation and return its id."""
@@ -263,6 +266,7 @@ cdef class Engine:
         params.json_schema = json_schema
         params.logprobs = logprobs
         params.reuse_prefix = reuse_prefix
+        params.speculate = speculate
         params.deadline_ns = deadline_ns
         cdef uint64_t command
         with nogil:

@@ -94,6 +94,7 @@ cdef extern from "engine.h" namespace "ai4all" nogil:
         string json_schema
         int32_t logprobs
         cbool reuse_prefix
+        cbool speculate
         int64_t deadline_ns
 
     cdef cppclass embed_params:
@@ -150,6 +151,8 @@ cdef extern from "engine.h" namespace "ai4all" nogil:
         int32_t n_tokens
         int32_t n_reused
         int32_t n_neighbours
+        int32_t n_drafted
+        int32_t n_draft_right
         stop_reason reason
         timeline times
         vector[token_logprob] logprobs
@@ -191,7 +194,9 @@ cdef extern from "engine.h" namespace "ai4all" nogil:
         model_info model() except +ai4all_raise_fault
         void stop()
 
-    void quantize(string source, string target, string type, int32_t n_threads) except +ai4all_raise_fault
+    void quantize(
+        string source, string target, string type, int32_t n_threads
+    ) except +ai4all_raise_fault
     build_info get_build_info() except +
     vector[device_info] get_devices() except +
     vector[log_line] drain_log() except +

@@ -42,7 +42,7 @@ class EngineOptions:
     Attributes:
         n_ctx: Context of one sequence, in tokens. 0: the model's own, at most 4096.
         n_batch: Tokens in one logical batch.
-        n_ubatch: Tokens in one physical batch; also the length of a prompt chunk.
+        n_ubatch: Tokens in one physical batch; also the length of a prompt chunk. 0: 512.
         n_slots: Sequences that can run at once.
         threads: Threads for decoding. 0: one for each physical core.
         threads_batch: Threads for prompts. 0: as ``threads``.
@@ -51,6 +51,7 @@ class EngineOptions:
         kv_type: Type of the KV cache: "f16", "f32", "q8_0", "q4_0", "bf16".
         use_mmap: Map the file instead of reading it.
         prefix_cache_mb: Memory for computed prompts that lost their slot, in MiB. 0: none.
+        memory_limit_mb: Most memory that a model may take, in MiB. 0: what is free.
     """
 
     n_ctx: int = 0
@@ -64,6 +65,7 @@ class EngineOptions:
     kv_type: str = "f16"
     use_mmap: bool = True
     prefix_cache_mb: int = 256
+    memory_limit_mb: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,8 @@ class GenerateRequest:
             many likeliest tokens in its place.
         reuse_prefix: Take the computed cache of an earlier prompt with the same beginning.
             ``deterministic`` switches it off.
+        speculate: Draft by prompt lookup where it pays; the tokens stay the sampler's own.
+            ``deterministic`` switches it off.
         deadline: ``time.monotonic()`` value after which the work is dropped, or None.
     """
 
@@ -135,6 +139,7 @@ class GenerateRequest:
     json_schema: str | None = None
     logprobs: int | None = None
     reuse_prefix: bool = True
+    speculate: bool = True
     deadline: float | None = None
 
 
@@ -254,7 +259,10 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The last event of a generation that ended well."""
+    """The last event of a generation that ended well.
+
+    ``draft_tokens`` were proposed by speculation, ``draft_accepted`` of them were right.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -263,6 +271,8 @@ class Completion:
     timings: Timings
     fingerprint: Fingerprint
     logprobs: tuple[TokenLogprob, ...] = ()
+    draft_tokens: int = 0
+    draft_accepted: int = 0
 
 
 GenerationEvent = PromptProgress | TokenEvent | Completion

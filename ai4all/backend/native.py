@@ -95,6 +95,7 @@ _BACKEND_NAMES = {
 # llama.cpp reads this seed as "draw one", which would make the reported seed a lie.
 _RESERVED_SEED = 0xFFFFFFFF
 _MIB = 1024 * 1024
+_DEFAULT_UBATCH = 512
 
 
 def _error(code: int, message: str, details: dict[str, Any] | None = None) -> Ai4allError:
@@ -221,7 +222,7 @@ class NativeBackend(InferenceBackend):
                 os.fsencode(model.path),
                 n_ctx=options.n_ctx,
                 n_batch=options.n_batch,
-                n_ubatch=options.n_ubatch,
+                n_ubatch=options.n_ubatch or _DEFAULT_UBATCH,
                 n_slots=options.n_slots,
                 n_threads=threads,
                 n_threads_batch=options.threads_batch or threads,
@@ -441,6 +442,7 @@ class NativeBackend(InferenceBackend):
             json_schema=(request.json_schema or "").encode("utf-8", "replace"),
             logprobs=-1 if request.logprobs is None else request.logprobs,
             reuse_prefix=request.reuse_prefix,
+            speculate=request.speculate,
             deadline_ns=_deadline_ns(request.deadline),
         )
 
@@ -495,7 +497,7 @@ class NativeBackend(InferenceBackend):
         request: GenerateRequest,
         seed: int,
     ) -> Completion:
-        _, _, _, reason, n_prompt, n_tokens, n_reused, n_neighbours, times = event
+        _, _, _, reason, n_prompt, n_tokens, n_reused, n_neighbours, *drafts, times = event
         if running is None:
             raise EngineClosed("the model was unloaded while its last events were on the way")
         fingerprint = self._fingerprint(
@@ -517,6 +519,8 @@ class NativeBackend(InferenceBackend):
             ),
             timings=timings_of(times, n_prompt - n_reused, n_tokens),
             fingerprint=fingerprint,
+            draft_tokens=drafts[0],
+            draft_accepted=drafts[1],
         )
 
     def _fingerprint(

@@ -43,10 +43,19 @@ void engine::impl::plan_batch() {
     for (slot & place : slots) {
         place.n_queued = 0;
         place.row      = -1;
+        place.drafted.clear();
         if (place.active && place.pending() == 1) {
             queue_tokens(place, 1);
         } else if (place.active) {
             ++n_prompts;
+        }
+    }
+    // A draft rides along where nobody else would wait for it.
+    if (n_prompts == 0 && watched.size() == 1) {
+        for (slot & place : slots) {
+            if (place.n_queued > 0) {
+                plan_draft(place);
+            }
         }
     }
     // Prompts share the rest of one physical batch evenly, so that a short one is not stuck
@@ -80,6 +89,27 @@ void engine::impl::plan_batch() {
     }
 }
 
+void engine::impl::plan_draft(slot & place) {
+    const generate_params & params = place.request.generate;
+    if (!params.speculate || params.deterministic || !model->can_reuse() || place.in_prompt()) {
+        return;
+    }
+    const size_t left =
+        std::min<size_t>(params.max_tokens - place.n_sampled, model->info().n_ctx + 1 - place.tokens.size());
+    place.drafted = place.drafter.draft(place.tokens, left > 0 ? left - 1 : 0, cost);
+
+    llama_batch & batch = model->batch();
+    for (size_t i = 0; i < place.drafted.size(); ++i) {
+        const int32_t k    = batch.n_tokens++;
+        batch.token[k]     = place.drafted[i];
+        batch.pos[k]       = static_cast<llama_pos>(place.tokens.size() + i);
+        batch.n_seq_id[k]  = 1;
+        batch.seq_id[k][0] = place.seq;
+        batch.logits[k]    = true;
+    }
+    place.n_drafted += static_cast<int32_t>(place.drafted.size());
+}
+
 void engine::impl::roll_back() {
     for (slot & place : slots) {
         if (place.n_queued == 0) {
@@ -95,8 +125,9 @@ void engine::impl::roll_back() {
 
 void engine::impl::step() {
     plan_batch();
-    const int64_t begun  = now_ns();
-    const int32_t status = llama_decode(model->ctx(), model->batch());
+    const size_t  n_watched = watched.size();
+    const int64_t begun     = now_ns();
+    const int32_t status    = llama_decode(model->ctx(), model->batch());
     watched.clear();
     if (status == 2) {
         // Broken off by should_abort(); whoever caused it is dropped before the next step.
@@ -118,6 +149,10 @@ void engine::impl::step() {
     }
     llama_synchronize(model->ctx());
     const int64_t now = now_ns();
+    const auto alone  = std::find_if(slots.begin(), slots.end(), [](const slot & place) { return place.n_queued > 0; });
+    if (n_watched == 1 && alone->n_queued == 1) {
+        cost.learn(static_cast<size_t>(model->batch().n_tokens), now - begun);
+    }
     if (model->batch().n_tokens >= static_cast<int32_t>(smallest_chunk) * 2) {
         // Running sequences are a small part of such a batch; its time is that of its prompts.
         const double ns     = static_cast<double>(now - begun) / model->batch().n_tokens;
@@ -147,25 +182,41 @@ void engine::impl::advance(slot & place, int64_t now) {
     if (place.row < 0) {
         return;
     }
+    const llama_seq_id seq   = place.seq;
+    size_t             right = 0;
     try {
-        sample(place);
+        sample(place, place.row);
+        // Each drafted token that was sampled too is in the cache already, and so is the row that
+        // comes after it.
+        while (place.active && right < place.drafted.size() && place.tokens.back() == place.drafted[right]) {
+            ++place.n_past;
+            ++right;
+            ++place.n_draft_right;
+            sample(place, place.row + static_cast<int32_t>(right));
+        }
     } catch (const engine_error & error) {
         fail(place, error.code(), error.what());
     } catch (const std::exception & error) {
         fail(place, errc::compute_failed, error.what());
     }
+    if (!place.drafted.empty()) {
+        place.drafter.learn(place.drafted.size(), right);
+        if (right < place.drafted.size()) {
+            llama_memory_seq_rm(model->memory(), seq, static_cast<llama_pos>(place.n_past), -1);
+        }
+    }
 }
 
-void engine::impl::sample(slot & place) {
+void engine::impl::sample(slot & place, int32_t row_index) {
     event e;
     e.kind = event_kind::token;
     e.id   = place.request.id;
     if (place.request.generate.logprobs >= 0) {
         // Copied first: sampling may change the row.
-        const float * row = llama_get_logits_ith(model->ctx(), place.row);
+        const float * row = llama_get_logits_ith(model->ctx(), row_index);
         logits.assign(row, row + (row ? model->info().n_vocab : 0));
     }
-    const llama_token token = place.sampling->sample(model->ctx(), place.row);
+    const llama_token token = place.sampling->sample(model->ctx(), row_index);
     place.times.last_token  = now_ns();
     if (place.times.first_token == 0) {
         place.times.first_token = place.times.last_token;

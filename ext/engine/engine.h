@@ -98,6 +98,7 @@ struct generate_params {
     std::string              json_schema;            // empty: none
     int32_t                  logprobs     = -1;      // >= 0: of each token, and of so many likeliest
     bool                     reuse_prefix = true;    // take the cache of an earlier prompt
+    bool                     speculate    = true;    // draft by prompt lookup where it pays
     int64_t                  deadline_ns  = 0;       // steady clock; 0: none
 };
 
@@ -163,6 +164,8 @@ struct event {
     int32_t                    n_tokens      = 0;  // sampled so far, end-of-generation tokens not counted
     int32_t                    n_reused      = 0;  // prompt tokens that came from a cache
     int32_t                    n_neighbours  = 0;  // most other sequences in one batch with it
+    int32_t                    n_drafted     = 0;  // tokens drafted, and how many of them were right
+    int32_t                    n_draft_right = 0;
     stop_reason                reason        = stop_reason::none;
     timeline                   times;
     std::vector<token_logprob> logprobs;  // token: the sampled one, then the likeliest

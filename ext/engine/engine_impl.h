@@ -47,10 +47,11 @@ struct engine::impl {
     void                       prepare_cache(slot & place);
     void                       step();
     void                       plan_batch();
+    void                       plan_draft(slot & place);
     void                       queue_tokens(slot & place, size_t n);
     void                       roll_back();
     void                       advance(slot & place, int64_t now);
-    void                       sample(slot & place);
+    void                       sample(slot & place, int32_t row);
     std::vector<token_logprob> describe_token(llama_token token, int32_t n_likeliest) const;
     void                       finish(slot & place, stop_reason reason);
     void                       fail(slot & place, errc code, const std::string & message);
@@ -89,7 +90,8 @@ struct engine::impl {
     std::unique_ptr<side_job>     job;  // at most one; it takes turns with the slots
     prefix_cache                  prefixes{0};
     double                        prompt_ns_per_token = 0.0;  // as measured, for the size of chunks
-    std::vector<float>            logits;                     // the row that was sampled from, where it is asked for
+    decode_cost                   cost;
+    std::vector<float>            logits;  // the row that was sampled from, where it is asked for
     std::vector<event>            out;
     // What should_abort() looks at while a decode runs.
     std::vector<const std::atomic<bool> *> watched;

@@ -8,6 +8,7 @@
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 #include "log_sink.h"
+#include "lookup.h"
 #include "text.h"
 
 namespace ai4all {
@@ -125,7 +126,7 @@ void loaded_model::open_context(const load_params & params) {
     cparams_.n_batch         = std::max(params.n_batch, n_slots);
     cparams_.n_ubatch        = std::min(params.n_ubatch, cparams_.n_batch);
     cparams_.n_seq_max       = n_slots;
-    cparams_.n_outputs_max   = n_slots;
+    cparams_.n_outputs_max   = n_slots + longest_draft;
     cparams_.n_threads       = std::max(1, params.n_threads);
     cparams_.n_threads_batch = std::max(1, params.n_threads_batch);
     cparams_.flash_attn_type = static_cast<llama_flash_attn_type>(params.flash_attention);

@@ -342,6 +342,7 @@ void engine::impl::do_load(command cmd) {
     drop_model();
     prefixes            = prefix_cache(cmd.load.prefix_cache_bytes);
     prompt_ns_per_token = 0.0;
+    cost                = decode_cost{};
     {
         const std::lock_guard<std::mutex> lock(mutex);
         has_model = false;
@@ -419,15 +420,17 @@ void engine::impl::do_unload(const command & cmd) {
 void engine::impl::finish(slot & place, stop_reason reason) {
     place.times.finished = now_ns();
     event e;
-    e.kind         = event_kind::finished;
-    e.id           = place.request.id;
-    e.reason       = reason;
-    e.text         = place.text->flush();
-    e.n_prompt     = static_cast<int32_t>(place.n_prompt);
-    e.n_tokens     = place.n_sampled;
-    e.n_reused     = place.n_reused;
-    e.n_neighbours = place.n_neighbours;
-    e.times        = place.times;
+    e.kind          = event_kind::finished;
+    e.id            = place.request.id;
+    e.reason        = reason;
+    e.text          = place.text->flush();
+    e.n_prompt      = static_cast<int32_t>(place.n_prompt);
+    e.n_tokens      = place.n_sampled;
+    e.n_reused      = place.n_reused;
+    e.n_neighbours  = place.n_neighbours;
+    e.n_drafted     = place.n_drafted;
+    e.n_draft_right = place.n_draft_right;
+    e.times         = place.times;
     out.push_back(std::move(e));
     release(place);
 }

@@ -8,6 +8,7 @@
 
 #include "engine.h"
 #include "llama.h"
+#include "lookup.h"
 #include "sampler.h"
 #include "text.h"
 
@@ -42,12 +43,16 @@ struct slot {
     size_t                       n_prompt     = 0;
     size_t                       n_past       = 0;
     size_t                       n_queued     = 0;   // tokens in the batch being decoded
-    int32_t                      row          = -1;  // batch index of the row to sample from
+    int32_t                      row          = -1;  // batch index of the (first) row to sample from
     int32_t                      n_sampled    = 0;
     int32_t                      n_reused     = 0;
     int32_t                      n_neighbours = 0;
     timeline                     times;
     std::unique_ptr<sampler>     sampling;
+    lookup_drafter               drafter;
+    std::vector<llama_token>     drafted;  // in the batch behind the pending token, not in `tokens`
+    int32_t                      n_drafted     = 0;
+    int32_t                      n_draft_right = 0;
     std::unique_ptr<text_stream> text;
 
     std::vector<llama_token> cached;  // free: what the sequence still holds

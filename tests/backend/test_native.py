@@ -38,7 +38,7 @@ from ai4all.errors import (
 from ai4all.types.model import ModelFile
 from ai4all.types.task import FinishReason
 
-OPTIONS = EngineOptions(n_ctx=512, n_batch=64, n_ubatch=64, threads=2)
+OPTIONS = EngineOptions(n_ctx=512, n_batch=64, n_ubatch=64, threads=1)
 
 
 def model_file(path: Path) -> ModelFile:
@@ -170,7 +170,7 @@ class TestGenerate:
     async def test_several_at_once(self, tiny_model: Path) -> None:
         async with NativeBackend() as backend:
             await backend.load(
-                model_file(tiny_model), EngineOptions(n_ctx=256, threads=2, n_slots=4)
+                model_file(tiny_model), EngineOptions(n_ctx=256, threads=1, n_slots=4)
             )
             ends = await asyncio.gather(
                 *(backend.complete(greedy("Hello" + "!" * n, 24)) for n in range(9))

@@ -6,6 +6,7 @@
 
 #include <poll.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -19,6 +20,7 @@
 #include <vector>
 
 #include "llama.h"
+#include "lookup.h"
 #include "notifier.h"
 #include "sampler.h"
 #include "text.h"
@@ -105,8 +107,8 @@ static load_params small_load(uint32_t n_slots = 1) {
     params.n_batch         = 64;
     params.n_ubatch        = 64;
     params.n_slots         = n_slots;
-    params.n_threads       = 2;
-    params.n_threads_batch = 2;
+    params.n_threads       = 1;
+    params.n_threads_batch = 1;
     return params;
 }
 
@@ -226,7 +228,7 @@ static std::vector<int32_t> reference_tokens(const std::string & prompt, int32_t
     llama_context_params cparams = llama_context_default_params();
     cparams.n_ctx                = 512;
     cparams.n_batch = cparams.n_ubatch = 64;
-    cparams.n_threads = cparams.n_threads_batch = 2;
+    cparams.n_threads = cparams.n_threads_batch = 1;
     llama_context *          ctx                = llama_init_from_model(model, cparams);
     const llama_vocab *      vocab              = llama_model_get_vocab(model);
     std::vector<llama_token> tokens(512);
@@ -391,7 +393,11 @@ static void test_slots() {
         }
         CHECK(end.kind == event_kind::finished && end.n_tokens == 20);
     }
-    CHECK(h.last(ids[0]).n_neighbours > 0);
+    int32_t neighbours = 0;
+    for (const uint64_t id : ids) {
+        neighbours = std::max(neighbours, h.last(id).n_neighbours);
+    }
+    CHECK(neighbours == 3);
 
     // A deterministic request has the engine to itself.
     std::vector<uint64_t> mixed;
@@ -462,6 +468,132 @@ static void test_stop_with_work() {
     }
 }
 
+static void test_reuse() {
+    engine      e(64);
+    history     h;
+    load_params params        = small_load(1);
+    params.prefix_cache_bytes = 64 << 20;
+    const uint64_t  load      = e.load(params);
+    const uint64_t  cold      = e.generate(greedy(words(60), 8));
+    const uint64_t  warm      = e.generate(greedy(words(60) + "and", 8));
+    const uint64_t  other     = e.generate(greedy("Hello " + words(50), 8));
+    const uint64_t  back      = e.generate(greedy(words(60) + "or", 8));  // from the host's copy
+    generate_params fresh     = greedy(words(60) + "or", 8);
+    fresh.reuse_prefix        = false;
+    const uint64_t computed   = e.generate(fresh);
+    fresh.reuse_prefix        = true;
+    fresh.deterministic       = true;
+    const uint64_t alone      = e.generate(fresh);
+    h.wait(e, {load, cold, warm, other, back, computed, alone});
+    CHECK(h.last(cold).n_reused == 0 && h.last(other).n_reused == 0);
+    CHECK(h.last(warm).n_reused > 100 && h.last(warm).n_reused < h.last(warm).n_prompt);
+    CHECK(h.last(back).n_reused > 100);
+    CHECK(h.last(computed).n_reused == 0 && h.last(alone).n_reused == 0);
+    CHECK(h.tokens(back) == h.tokens(computed) && h.tokens(alone) == h.tokens(computed));
+    CHECK(h.tokens(cold) == reference_tokens(words(60), 8));
+}
+
+static void test_lookup() {
+    decode_cost                    cost;
+    lookup_drafter                 drafter;
+    const std::vector<llama_token> text = {1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3, 4};
+    CHECK(drafter.draft(text, 8, cost).empty());  // nothing is known of the machine yet
+    cost.learn(1, 1000);
+    for (int i = 0; i < 20; ++i) {
+        cost.learn(5, 1200);
+    }
+    CHECK(cost.per_token() > 0.04 && cost.per_token() < 0.1);
+    const auto draft = drafter.draft(text, 8, cost);
+    CHECK(!draft.empty() && draft.size() <= 8 && draft[0] == 5);
+    CHECK(drafter.draft(text, 1, cost).size() <= 1 && drafter.draft(text, 0, cost).empty());
+    CHECK(drafter.draft({9, 8, 7, 6, 5, 4, 3, 2, 1}, 8, cost).empty());
+    for (int i = 0; i < 10; ++i) {
+        drafter.learn(draft.size(), 0);
+    }
+    CHECK(drafter.draft(text, 8, cost).empty());  // it did not pay
+    // Where a further token costs as much as a step of its own, nothing is drafted.
+    decode_cost    dear;
+    lookup_drafter hopeful;
+    dear.learn(1, 1000);
+    for (int i = 0; i < 20; ++i) {
+        dear.learn(5, 5000);
+    }
+    CHECK(hopeful.draft(text, 8, dear).empty());
+}
+
+static void test_speculation() {
+    engine         e(64);
+    history        h;
+    const uint64_t load = e.load(small_load(1));
+    h.wait(e, {load});
+    int32_t drafted = 0;
+    for (int i = 0; i < 6; ++i) {
+        // A tiny greedy model soon repeats itself: much to look up.
+        generate_params params = greedy("Hello " + words(i), 200);
+        const uint64_t  with   = e.generate(params);
+        params.speculate       = false;
+        const uint64_t without = e.generate(params);
+        h.wait(e, {with, without});
+        CHECK(h.tokens(with) == h.tokens(without));
+        CHECK(h.last(with).n_tokens == 200 && h.last(without).n_drafted == 0);
+        CHECK(h.last(with).n_draft_right <= h.last(with).n_drafted);
+        drafted += h.last(with).n_drafted;
+    }
+    std::printf("  drafted %d tokens\n", drafted);
+}
+
+static void test_side_jobs() {
+    engine         e(64);
+    history        h;
+    const uint64_t load = e.load(small_load(2));
+    embed_params   texts;
+    texts.texts             = {"the sea", "Hello", "the sea", words(30)};
+    const uint64_t embedded = e.embed(texts);
+    const uint64_t beside   = e.generate(greedy("Hello, world!", 12));
+    score_params   labels;
+    labels.prompt           = "Hello";
+    labels.continuations    = {" the", " the sea the sea", "q", " the"};
+    const uint64_t scored   = e.score(labels);
+    labels.continuations    = {""};
+    const uint64_t empty    = e.score(labels);
+    texts.texts             = {words(3000)};
+    const uint64_t too_long = e.embed(texts);
+    h.wait(e, {load, embedded, beside, scored, empty, too_long});
+
+    const event & rows = h.last(embedded);
+    CHECK(rows.kind == event_kind::embedded && rows.counts.size() == 2 && rows.counts[0] == 4);
+    const size_t n = static_cast<size_t>(rows.counts[1]);
+    CHECK(rows.floats.size() == 4 * n && n == static_cast<size_t>(e.model().n_embd));
+    for (size_t row = 0; row < 4; ++row) {
+        double square = 0.0;
+        for (size_t i = 0; i < n; ++i) {
+            square += static_cast<double>(rows.floats[row * n + i]) * rows.floats[row * n + i];
+        }
+        CHECK(std::fabs(square - 1.0) < 1e-4);
+    }
+    for (size_t i = 0; i < n; ++i) {
+        CHECK(std::fabs(rows.floats[i] - rows.floats[2 * n + i]) < 1e-4f);  // equal texts, equal rows
+    }
+
+    const event & scores = h.last(scored);
+    CHECK(scores.kind == event_kind::scored && scores.floats.size() == 4 && scores.counts[0] >= 1);
+    CHECK(scores.floats[0] < 0.0f && std::fabs(scores.floats[0] - scores.floats[3]) < 1e-4f);
+    CHECK(scores.floats[1] < scores.floats[0]);  // a longer continuation that begins the same
+    CHECK(h.last(empty).code == errc::bad_request);
+    CHECK(h.last(too_long).code == errc::context_overflow);
+    CHECK(h.tokens(beside) == reference_tokens("Hello, world!", 12));
+
+    // The first token's log probability is the score of that token as a continuation.
+    generate_params params = greedy("Hello", 1);
+    params.logprobs        = 3;
+    const uint64_t one     = e.generate(params);
+    h.wait(e, {one});
+    const event & token = h.of[one][h.of[one].size() - 2];
+    CHECK(token.kind == event_kind::token && token.logprobs.size() == 4);
+    CHECK(token.logprobs[0].token == token.token && token.logprobs[0].logprob <= 0.0f);
+    CHECK(token.logprobs[1].logprob >= token.logprobs[2].logprob);
+}
+
 static void test_many_threads() {
     engine         e(1024);
     history        h;
@@ -506,6 +638,10 @@ int main(int argc, char ** argv) {
         {"queue", test_queue},
         {"load cycles", test_load_cycles},
         {"stop with work", test_stop_with_work},
+        {"reuse", test_reuse},
+        {"lookup", test_lookup},
+        {"speculation", test_speculation},
+        {"side jobs", test_side_jobs},
         {"many threads", test_many_threads},
     };
     for (const auto & [name, run] : tests) {
