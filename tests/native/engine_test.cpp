@@ -52,8 +52,8 @@ struct history {
     std::map<uint64_t, std::vector<event>> of;
 
     static bool is_last(const event & e) {
-        return e.kind == event_kind::loaded || e.kind == event_kind::unloaded || e.kind == event_kind::finished ||
-               e.kind == event_kind::failed;
+        return e.kind != event_kind::load_progress && e.kind != event_kind::prompt_progress &&
+               e.kind != event_kind::token;
     }
     bool ended(uint64_t id) const {
         const auto found = of.find(id);
