@@ -146,9 +146,14 @@ def _described(token: TokenLogprob, likeliest: int) -> TokenLogprobs:
     return TokenLogprobs(
         token=token.token,
         text=token.text,
-        logprob=max(token.logprob, _LEAST_LOGPROB),
+        logprob=_wire_logprob(token.logprob),
         top=[
-            TokenLikelihood(token=other, text=text, logprob=max(logprob, _LEAST_LOGPROB))
+            TokenLikelihood(token=other, text=text, logprob=_wire_logprob(logprob))
             for other, text, logprob in token.top[:likeliest]
         ],
     )
+
+
+def _wire_logprob(logprob: float) -> float:
+    # More digits than float32 has would only make the frame longer.
+    return round(max(logprob, _LEAST_LOGPROB), 6)

@@ -21,10 +21,9 @@ from ai4all.types.task import QuestionAnsweringInput, QuestionAnsweringOutput
 
 __all__ = ["answer_question", "check_question", "confidence"]
 
-_SYSTEM_PROMPT: Final = (
-    "Answer the question from the given context alone. "
-    "Reply with the answer only, as short as possible, in the words of the context."
-)
+_SYSTEM_PROMPT: Final = "You answer questions about a text briefly."
+# Behind a long context, because a small model heeds best what it read last.
+_INSTRUCTION: Final = "Answer briefly, in the words of the text."
 
 
 def check_question(task_input: QuestionAnsweringInput) -> None:
@@ -80,9 +79,10 @@ def confidence(completion: Completion) -> float:
 
 
 def _request(job: Job, task_input: QuestionAnsweringInput) -> GenerateRequest:
-    asked = f"Context: {task_input.context}\n\nQuestion: {task_input.question}"
+    asked = f"{task_input.context}\n\nQuestion: {task_input.question}"
     if speaks_chat(job):
-        request = request_for(task_input, asked, _SYSTEM_PROMPT, job.deadline)
+        prompt = f"{asked}\n{_INSTRUCTION}"
+        request = request_for(task_input, prompt, _SYSTEM_PROMPT, job.deadline)
     else:
         # A model without a chat template goes on with questions of its own.
         request = request_for(task_input, f"{asked}\nAnswer:", None, job.deadline)

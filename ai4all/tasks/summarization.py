@@ -15,7 +15,7 @@ from ai4all.tasks.generation import (
     speaks_chat,
 )
 from ai4all.tasks.job import Computed, Job
-from ai4all.tasks.sentences import last_sentence_end
+from ai4all.tasks.sentences import ends_sentence, nearest_sentence_end
 from ai4all.types.task import FinishReason, SummarizationInput, SummarizationOutput, SummaryStyle
 
 __all__ = ["check_text", "summarize"]
@@ -96,15 +96,23 @@ def _in_form(task_input: SummarizationInput, completion: Completion) -> str:
     text = completion.text.strip()
     if _has_own_form(task_input):
         return text
+    # Where the limit was ours, what stands behind it in the way of a last sentence helps nobody.
     broken_off = completion.finish_reason is FinishReason.LENGTH and not _names_length(task_input)
     if task_input.style is SummaryStyle.BULLETS:
-        whole, _, last = text.rpartition("\n")
-        unfinished = broken_off and last_sentence_end(last) != len(last)
-        return whole if whole and (unfinished or last in ("-", "")) else text
-    if broken_off:
-        # The limit was ours: what is left of a sentence behind it helps nobody.
-        text = text[: last_sentence_end(text)] or text
-    return " ".join(text.split())
+        return _bullets(text, broken_off)
+    text = " ".join(text.split())
+    if broken_off or task_input.style is SummaryStyle.TLDR:
+        text = text[: nearest_sentence_end(text, task_input.target_length)]
+    return text
+
+
+def _bullets(text: str, broken_off: bool) -> str:
+    # A point that is made twice says nothing new: small models repeat themselves when greedy.
+    points = list(dict.fromkeys(line.rstrip() for line in text.splitlines()))
+    unfinished = points[-1:] == ["-"] or (broken_off and not ends_sentence(text))
+    if unfinished and len(points) > 1:
+        points.pop()
+    return "\n".join(points)
 
 
 def _has_own_form(task_input: SummarizationInput) -> bool:

@@ -245,9 +245,10 @@ class _Generated(_Wire):
     @model_serializer(mode="wrap")
     def _without_absent_logprobs(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = write(self)
-        if self.logprobs is None:
-            # The first protocol does not know the field.
-            fields.pop("logprobs", None)
+        logprobs = fields.pop("logprobs", None)
+        if logprobs is not None:
+            # The first protocol does not know the field, so it comes last and not as null.
+            fields["logprobs"] = logprobs
         return fields
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,26 @@ def test_bad_input_names_the_field(task_input: dict[str, Any], path: str) -> Non
         parse_input(TaskType.TEXT_COMPLETION, task_input)
     assert str(caught.value).startswith(path)
     assert "secret" not in str(caught.value)
+
+
+async def test_logprobs_are_an_extra_field_on_request() -> None:
+    backend = FakeBackend(ScriptedGeneration(tokens=("one", " two"), logprobs=(-0.25, -math.inf)))
+    _, output = await run(backend)
+    assert "logprobs" not in output.model_dump(mode="json")
+    _, output = await run(backend, logprobs=1)
+    first, second = output.model_dump(mode="json")["logprobs"]
+    token = {"token": first["token"], "text": "one", "logprob": -0.25}
+    assert first == {**token, "top": [token]}
+    # JSON has no infinity.
+    assert second["logprob"] < -1000.0
+    again = TextCompletionOutput.model_validate(output.model_dump(mode="json"))
+    assert again == output
+    _, output = await run(backend, logprobs=0)
+    assert [entry["top"] for entry in output.model_dump(mode="json")["logprobs"]] == [[], []]
+
+
+def test_all_inference_tasks_are_offered() -> None:
+    assert set(OFFERED) == set(TaskType) - {TaskType.TRAINING_BATCH, TaskType.WEB_CRAWL}
 
 
 @pytest.mark.parametrize("task_type", sorted(set(TaskType) - set(OFFERED)))
