@@ -390,6 +390,8 @@ class IsolatedBackend(InferenceBackend):
                 answer = PROMPT_PROGRESS.validate_python(rest[0])
             case "share":
                 answer = float(rest[0])
+                if not 0.0 <= answer <= 1.0:
+                    raise ValueError("a share is between 0 and 1")
             case "loaded" if command.to_load is not None:
                 fields = {**rest[0], "file": command.to_load[0]}
                 answer = self._loaded = LOADED_MODEL.validate_python(fields)
@@ -397,10 +399,14 @@ class IsolatedBackend(InferenceBackend):
             case "done":
                 answer = _RESULTS[command.name](rest[0])
                 self._supervisor.did_work = True
+            case "error":
+                answer = error_from_wire(*rest)
+        # Not before the answer has been read: whoever sends nonsense leaves the command open, and
+        # with his end it is ended.
         if kind in _LAST_ANSWERS:
             del self._commands[command.number]
         if kind == "error":
-            command.fail(error_from_wire(*rest))
+            command.fail(answer)
         elif not command.abandoned:
             command.put(kind, answer)
 

@@ -1,0 +1,63 @@
+"""An engine process whose engine is scripted: ``scripted_host.py SCRIPT`` and the host's arguments.
+
+SCRIPT is a JSON object: the arguments of ``FakeBackend`` and, below ``generation``, those of
+``ScriptedGeneration``. ``pulse`` true: the pulse moves although nothing else does. ``say``: a raw
+text to write to the socket in answer to the first command. ``unavailable``: why no engine can run.
+``exit``: end at once with that status. ``sleep``: do nothing for so many seconds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import struct
+import sys
+import time
+from typing import Any
+
+import ujson
+
+from ai4all.backend import host
+from ai4all.backend.base import InferenceBackend
+from ai4all.backend.fake import FakeBackend, ScriptedGeneration
+from ai4all.errors import EngineUnavailable
+
+
+def command(**script: Any) -> list[str]:
+    """The command line of such a process."""
+    return [sys.executable, "-P", __file__, ujson.dumps(script)]
+
+
+class _ScriptedBackend(FakeBackend):
+    def __init__(self, script: dict[str, Any], descriptor: int) -> None:
+        self._pulses = itertools.count(1) if script.pop("pulse", False) else itertools.repeat(0)
+        self._say = script.pop("say", None)
+        self._descriptor = descriptor
+        super().__init__(ScriptedGeneration(**script.pop("generation", {})), **script)
+
+    async def load(self, *arguments: Any, **more: Any) -> Any:
+        if self._say is not None:
+            payload = self._say.encode()
+            os.write(self._descriptor, struct.pack("!I", len(payload)) + payload)
+        return await super().load(*arguments, **more)
+
+    def pulse(self) -> int:
+        return next(self._pulses)
+
+
+def main() -> None:
+    script = ujson.loads(sys.argv[1])
+    if "exit" in script:
+        sys.exit(script["exit"])
+    time.sleep(script.pop("sleep", 0))
+
+    def opener() -> InferenceBackend:
+        if "unavailable" in script:
+            raise EngineUnavailable(script["unavailable"])
+        return _ScriptedBackend(script, int(sys.argv[2]))
+
+    host.main(sys.argv[2:], opener)
+
+
+if __name__ == "__main__":
+    main()
