@@ -3,8 +3,9 @@
 // The only header that the Cython layer sees. Nothing here includes Python or llama.cpp.
 //
 // Commands go in through a bounded queue and are served in order; loading and unloading wait for
-// running slots. Events come out in one batch per decode step; the file descriptor becomes
-// readable when the batch goes from empty to non-empty. A reader clears the descriptor first and
+// running slots. Events come out in one batch per decode step, or for a few steps together where
+// they follow each other within 20 ms; the file descriptor becomes readable when the batch goes
+// from empty to non-empty. A reader clears the descriptor first and
 // swaps the events out second (drain() does both), so that no wake-up is lost.
 
 #pragma once

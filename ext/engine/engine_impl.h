@@ -90,6 +90,7 @@ struct engine::impl {
     std::unique_ptr<side_job>     job;  // at most one; it takes turns with the slots
     prefix_cache                  prefixes{0};
     double                        prompt_ns_per_token = 0.0;  // as measured, for the size of chunks
+    int64_t                       last_published      = 0;
     decode_cost                   cost;
     std::vector<float>            logits;  // the row that was sampled from, where it is asked for
     std::vector<event>            out;

@@ -13,6 +13,8 @@ namespace {
 constexpr size_t shortest_reuse = 32;
 // Shorter prompts are computed again sooner than they are copied out and in.
 constexpr size_t shortest_keep = 128;
+// A reader sees tokens at least this often, or one decode step apart where that is longer.
+constexpr int64_t publish_interval_ns = 20'000'000;
 
 std::atomic<uint64_t> pulses{0};
 
@@ -508,6 +510,15 @@ void engine::impl::publish() {
     if (out.empty()) {
         return;
     }
+    // The reader runs on a core that computes too, so its wake-ups cost tokens. First tokens, ends
+    // and progress go out at once; the tokens in between may wait for a next one, but not for long.
+    const bool    can_wait = std::all_of(out.begin(), out.end(),
+                                         [](const event & e) { return e.kind == event_kind::token && e.n_tokens > 1; });
+    const int64_t now      = now_ns();
+    if (can_wait && now - last_published < publish_interval_ns) {
+        return;
+    }
+    last_published = now;
     bool was_empty = false;
     {
         const std::lock_guard<std::mutex> lock(events_mutex);
