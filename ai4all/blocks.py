@@ -26,6 +26,7 @@ from ai4all.errors import (
     LoadFailed,
     ModelError,
 )
+from ai4all.models.memory import load_model
 from ai4all.protocol.messages import Assignment
 from ai4all.tasks import Computed, Job, compute, parse_input
 from ai4all.types.model import ModelFile
@@ -176,7 +177,7 @@ class ModelGate:
             return 0.0
         await self._idle.wait()
         # A load is not given up with the block that asked for it: the next may want it, too.
-        self._loading = asyncio.ensure_future(self._backend.load(model, self._options))
+        self._loading = asyncio.ensure_future(load_model(self._backend, model, self._options))
         self._loading.add_done_callback(self._loaded)
         return (await asyncio.shield(self._loading)).load_ms
 

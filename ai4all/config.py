@@ -176,21 +176,23 @@ class EngineSettings(_Section):
     context_length: _Int = Field(0, ge=0, le=1 << 24)
     """Context of one sequence, in tokens; 0 is the model's own, at most 4096."""
     threads: _Int = Field(0, ge=0, le=1024)
-    """Threads that decode; 0 is one for each physical core."""
+    """Threads that decode; 0 is what was measured to be best, else one for each physical core."""
     threads_batch: _Int = Field(0, ge=0, le=1024)
-    """Threads that read prompts; 0 is as many as decode."""
+    """Threads that read prompts; 0 is what was measured to be best, else as many as decode."""
     batch: _Int = Field(2048, ge=1, le=65_536)
     """Tokens in one logical batch."""
-    ubatch: _Int = Field(512, ge=1, le=65_536)
-    """Tokens in one physical batch."""
+    ubatch: _Int = Field(0, ge=0, le=65_536)
+    """Tokens in one physical batch; 0 is what was measured to be best, else 512."""
     gpu_layers: _Int = Field(-1, ge=-1, le=10_000)
     """Layers to offload; -1 is all that build and machine can."""
     flash_attention: Literal["auto", "on", "off"] = "auto"
-    """Flash attention."""
+    """Flash attention; auto is what was measured to be best, else the engine's choice."""
     kv_type: Literal["f16", "f32", "bf16", "q8_0", "q4_0"] = "f16"
     """Type of the KV cache."""
     use_mmap: bool = True
     """Map model files into memory instead of reading them."""
+    memory_limit_mb: _Int = Field(0, ge=0, le=1 << 30)
+    """Most memory that a model may take, in MiB; 0 is what is free."""
 
 
 class ModelSettings(_Section):
@@ -204,6 +206,8 @@ class ModelSettings(_Section):
     """What a source must begin with; http:// is loopback only in any case."""
     disk_reserve_mb: _Int = Field(512, ge=0, le=1 << 30)
     """MiB of the disk that downloads leave free."""
+    use_fitted: bool = False
+    """Compute with the file that `models fit` made of a model, wherever there is one."""
 
     @model_validator(mode="before")
     @classmethod

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["cgroup_cpu_limit", "cgroup_memory_limit_mb", "compute_threads", "usable_cores"]
+__all__ = [
+    "cgroup_cpu_limit",
+    "cgroup_memory_available_mb",
+    "cgroup_memory_limit_mb",
+    "compute_threads",
+    "usable_cores",
+]
 
 _MIB = 1024 * 1024
 
@@ -67,6 +73,35 @@ def cgroup_memory_limit_mb(
             with contextlib.suppress(OSError, ValueError):
                 limits.append(int((folder / name).read_text()) // _MIB)
     return min(limits, default=None)
+
+
+def cgroup_memory_available_mb(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> int | None:
+    """What the memory limits over this process leave, in MiB; None without one.
+
+    Cached file pages that are not in use count as left: the kernel drops them first.
+    """
+    left = []
+    for folder in _cgroup_folders(root, membership, "memory"):
+        for limit, usage, cache in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            with contextlib.suppress(OSError, ValueError):
+                most = int((folder / limit).read_text())
+                used = int((folder / usage).read_text())
+                left.append(max(0, most - used + _statistic(folder / "memory.stat", cache)))
+    return min(left) // _MIB if left else None
+
+
+def _statistic(file: Path, name: str) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        for line in file.read_text().splitlines():
+            key, _, value = line.partition(" ")
+            if key == name:
+                return int(value)
+    return 0
 
 
 def _cgroup_folders(root: Path, membership: Path, controller: str) -> Iterator[Path]:

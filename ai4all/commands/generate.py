@@ -27,6 +27,7 @@ from ai4all.commands.environment import (
 )
 from ai4all.errors import BadRequest
 from ai4all.first_run import open_store
+from ai4all.models.memory import load_model
 from ai4all.models.progress import show_download
 from ai4all.types.model import ModelFile
 from ai4all.types.task import TextCompletionInput
@@ -127,7 +128,7 @@ async def generate(
         ComputeError: The load or the generation failed.
     """
     async with backend:
-        await backend.load(model, options)
+        await load_model(backend, model, options)
         async with contextlib.aclosing(backend.generate(request)) as events:
             async for event in events:
                 if isinstance(event, Completion):

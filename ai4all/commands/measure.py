@@ -11,6 +11,7 @@ from ai4all.backend.base import EngineOptions, InferenceBackend
 from ai4all.benchmark.scores import BenchmarkResult
 from ai4all.benchmark.store import BenchmarkStore
 from ai4all.benchmark.suite import BenchmarkProgress, BenchmarkSuite
+from ai4all.models.memory import load_model
 from ai4all.types.model import ModelFile
 
 __all__ = ["measure"]
@@ -50,5 +51,5 @@ async def measure(
             )
 
         async with open_backend() as backend:
-            await backend.load(model, options)
+            await load_model(backend, model, options)
             return await BenchmarkSuite(store).run(backend, show)

@@ -8,6 +8,7 @@ import pytest
 from ai4all.backend import cores
 from ai4all.backend.cores import (
     cgroup_cpu_limit,
+    cgroup_memory_available_mb,
     cgroup_memory_limit_mb,
     compute_threads,
     usable_cores,
@@ -38,6 +39,20 @@ def test_cgroup_version_1(tmp_path: Path) -> None:
     write(root / "memory" / "docker" / "abc", memory__limit_in_bytes=str(64 << 20))
     assert cgroup_cpu_limit(root, membership) == 0.5
     assert cgroup_memory_limit_mb(root, membership) == 64
+
+
+def test_memory_in_use_is_not_left_but_idle_pages_are(tmp_path: Path) -> None:
+    root, membership = tmp_path / "cgroup", tmp_path / "membership"
+    membership.write_text("0::/app\n")
+    write(root, memory__max="max", memory__current="1")
+    app = root / "app"
+    write(app, memory__max=str(100 << 20), memory__current=str(90 << 20))
+    assert cgroup_memory_available_mb(root, membership) == 10
+    write(app, memory__stat=f"anon 5\ninactive_file {30 << 20}\nactive_file 7\n")
+    assert cgroup_memory_available_mb(root, membership) == 40
+    write(app, memory__current=str(500 << 20))
+    assert cgroup_memory_available_mb(root, membership) == 0
+    assert cgroup_memory_available_mb(tmp_path, tmp_path / "absent") is None
 
 
 @pytest.mark.parametrize("quota", ["max 100000", "rubbish", "", "100000 0"])
