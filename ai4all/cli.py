@@ -54,6 +54,13 @@ ModelOption = Annotated[
     str | None,
     typer.Option("--model", metavar="ID_OR_PATH", help="Id of a model here, or a GGUF file."),
 ]
+InProcessOption = Annotated[
+    bool,
+    typer.Option(
+        "--in-process",
+        help="Run the engine inside this process, not in one of its own: its crash ends both.",
+    ),
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -92,6 +99,7 @@ def worker(
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
     model: ModelOption = None,
+    in_process: InProcessOption = False,
 ) -> None:
     """Compute blocks for a coordinator until told to stop.
 
@@ -99,7 +107,7 @@ def worker(
     """
     from ai4all.commands.worker import run_worker
 
-    run_worker(context.obj, config, data_dir, coordinator, model)
+    run_worker(context.obj, config, data_dir, coordinator, model, in_process=in_process)
 
 
 @app.command()
@@ -109,12 +117,13 @@ def demo(
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
     model: ModelOption = None,
+    in_process: InProcessOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Set this machine up, and compute a few tasks for a coordinator of its own."""
     from ai4all.commands.demo import run_demo
 
-    run_demo(context.obj, config, data_dir, tasks, model, as_json=as_json)
+    run_demo(context.obj, config, data_dir, tasks, model, as_json=as_json, in_process=in_process)
 
 
 @app.command()
@@ -296,6 +305,22 @@ def models_verify(
     from ai4all.commands.models import verify_models
 
     raise typer.Exit(verify_models(config, data_dir, model_id, as_json=as_json))
+
+
+@models_app.command("unquarantine")
+def models_unquarantine(
+    model_id: Annotated[str, typer.Argument(metavar="ID")],
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a model be loaded again that killed the engine three times within 30 minutes.
+
+    Without this, it is let go by itself after a day. A worker that runs need not be restarted.
+    """
+    from ai4all.commands.models import unquarantine_model
+
+    unquarantine_model(config, data_dir, model_id, as_json=as_json)
 
 
 @models_app.command("remove")

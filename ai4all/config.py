@@ -46,6 +46,7 @@ __all__ = [
     "CoordinatorSettings",
     "EngineSettings",
     "Explained",
+    "IsolationSettings",
     "LogSettings",
     "ModelSettings",
     "Settings",
@@ -55,7 +56,11 @@ __all__ = [
     "load_settings",
 ]
 
-_FLAGS = {"coordinator.url": "--coordinator", "worker.model": "--model"}
+_FLAGS = {
+    "coordinator.url": "--coordinator",
+    "isolation.in_process": "--in-process",
+    "worker.model": "--model",
+}
 _SECRETS = frozenset({"coordinator.token"})
 _TOKEN_PLACES = "set coordinator.token_file, or the variable AI4ALL_COORDINATOR_TOKEN"
 
@@ -195,6 +200,21 @@ class EngineSettings(_Section):
     """Most memory that a model may take, in MiB; 0 is what is free."""
 
 
+class IsolationSettings(_Section):
+    """The process of its own that the engine runs in, and when it counts as hung."""
+
+    in_process: bool = False
+    """Run the engine inside the worker instead: its crash is then the worker's."""
+    load_limit_seconds: _Float = Field(120.0, ge=1.0, le=86_400.0)
+    """How long a load may make no progress."""
+    prefill_limit_seconds: _Float = Field(60.0, ge=1.0, le=86_400.0)
+    """How long the reading of a prompt may make no progress."""
+    decode_limit_seconds: _Float = Field(8.0, ge=1.0, le=86_400.0)
+    """How long generation may make no progress."""
+    silence_limit_seconds: _Float = Field(8.0, ge=1.0, le=86_400.0)
+    """How long the process may give no sign of life while it has work."""
+
+
 class ModelSettings(_Section):
     """Where models come from."""
 
@@ -248,6 +268,7 @@ class Settings(BaseSettings):
     coordinator: CoordinatorSettings = CoordinatorSettings()
     worker: WorkerSettings = WorkerSettings()
     engine: EngineSettings = EngineSettings()
+    isolation: IsolationSettings = IsolationSettings()
     models: ModelSettings = ModelSettings()
     log: LogSettings = LogSettings()
 

@@ -220,7 +220,7 @@ def test_explaining_masks_secrets() -> None:
 def test_the_default_file_says_the_defaults(tmp_path: Path) -> None:
     text = default_toml()
     assert tomllib.loads(text) == {
-        name: {} for name in ("coordinator", "worker", "engine", "models", "log")
+        name: {} for name in ("coordinator", "worker", "engine", "isolation", "models", "log")
     }
     # With every line in force it changes nothing.
     uncommented = "\n".join(

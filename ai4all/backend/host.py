@@ -51,9 +51,6 @@ __all__ = ["EngineHost", "main"]
 
 log = logging.getLogger("ai4all.engine")
 
-# Between two frames of tokens. Far below what a reader sees, and what a worker reports.
-_TOKEN_INTERVAL_S = 0.02
-
 _PR_SET_PDEATHSIG = 1
 
 # The system, out of memory, takes this process before the worker that would report it.
@@ -73,8 +70,6 @@ class EngineHost:
         self._backend: InferenceBackend | None = None
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._unsent: list[list[Any]] = []
-        self._sent_at = 0.0
-        self._flushing: asyncio.Handle | None = None
         self._ticking: asyncio.TimerHandle | None = None
         self._closing = asyncio.Event()
 
@@ -95,33 +90,19 @@ class EngineHost:
         await backend.close()
         await self._leave()
 
-    def say(self, message: list[Any], *, can_wait: bool = False) -> None:
-        """Send ``message``, with whatever else is said in this turn of the loop.
-
-        What can wait goes with the next that cannot, or when ``_TOKEN_INTERVAL_S`` have passed
-        since the last frame: on a machine whose cores all compute, a frame for each token would
-        cost a share of the tokens.
-        """
+    def say(self, message: list[Any]) -> None:
+        """Send ``message``, with whatever else is said in this turn of the loop."""
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
         self._unsent.append(message)
-        loop = asyncio.get_running_loop()
-        if self._flushing is None:
-            wait = self._sent_at + _TOKEN_INTERVAL_S - loop.time() if can_wait else 0.0
-            self._flushing = loop.call_later(wait, self._flush) if wait > 0.0 else None
-        elif not can_wait and isinstance(self._flushing, asyncio.TimerHandle):
-            self._flushing.cancel()
-            self._flushing = None
-        if self._flushing is None:
-            self._flushing = loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        self._flushing = None
-        self._sent_at = asyncio.get_running_loop().time()
-        self._channel.send(self._unsent)
-        self._unsent = []
+        if self._unsent:
+            self._channel.send(self._unsent)
+            self._unsent = []
 
     async def _leave(self) -> None:
-        if self._unsent:
-            self._flush()
+        self._flush()
         self._channel.close()
 
     # Commands.
@@ -185,9 +166,7 @@ class EngineHost:
         stream = self._serving.generate(GENERATE_REQUEST.validate_python(request))
         try:
             async for event in stream:
-                # The first token is the one that somebody waits for.
-                can_wait = isinstance(event, TokenEvent) and event.completion_tokens > 1
-                self.say([number, *_event_to_wire(event)], can_wait=can_wait)
+                self.say([number, *_event_to_wire(event)])
         finally:
             await stream.aclose()
 

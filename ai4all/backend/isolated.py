@@ -136,6 +136,9 @@ class IsolatedBackend(InferenceBackend):
             alone.
         limits: How long the engine may make no progress.
         command: Instead of the engine process of this package.
+
+    Attributes:
+        limits: As above.
     """
 
     def __init__(
@@ -148,10 +151,10 @@ class IsolatedBackend(InferenceBackend):
     ) -> None:
         self._records = crash_records if crash_records is not None else CrashRecords(None)
         self._quarantine = quarantine if quarantine is not None else Quarantine()
-        self._limits = limits if limits is not None else WatchdogLimits()
+        self.limits = limits if limits is not None else WatchdogLimits()
         self._command_line = tuple(command)
         self._supervisor = Supervisor(self._spawn, self._restore, self._bury)
-        self._watchdog = Watchdog(self._limits)
+        self._watchdog = Watchdog(self.limits)
         self._watching: asyncio.TimerHandle | None = None
         self._watched_at = 0.0
         self._capabilities: Capabilities | None = None
@@ -415,7 +418,7 @@ class IsolatedBackend(InferenceBackend):
     def _watch(self) -> None:
         loop = asyncio.get_running_loop()
         self._watched_at = loop.time()
-        self._watching = loop.call_later(self._limits.interval, self._look)
+        self._watching = loop.call_later(self.limits.interval, self._look)
 
     def _look(self) -> None:
         self._watching = None
@@ -443,7 +446,7 @@ class IsolatedBackend(InferenceBackend):
     # Death and what comes after; called by the supervisor.
 
     async def _spawn(self) -> EngineProcess:
-        process = await EngineProcess.spawn(self._command_line, self._limits, self._on_message)
+        process = await EngineProcess.spawn(self._command_line, self.limits, self._on_message)
         self._capabilities = process.capabilities
         self._engine_figures = None
         with contextlib.suppress(psutil.Error):
@@ -542,7 +545,7 @@ class IsolatedBackend(InferenceBackend):
         for command in commands:
             command.fail(EngineClosed("the backend is closed"))
         self._wanted = self._loaded = None
-        await self._supervisor.close(self._limits.close)
+        await self._supervisor.close(self.limits.close)
         self._engine_figures = None
 
     def _subject(self, model: ModelFile, options: EngineOptions) -> Subject:

@@ -17,7 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ai4all.backend.crash_records import write_whole
 from ai4all.errors import LoadFailed
 
-__all__ = ["Quarantine", "QuarantineRules", "Quarantined", "Subject"]
+__all__ = ["QUARANTINE_FILE", "Quarantine", "QuarantineRules", "Quarantined", "Subject"]
+
+QUARANTINE_FILE: Final = "quarantine.json"
+"""Its name in the data directory."""
 
 _log = logging.getLogger(__name__)
 

@@ -63,7 +63,17 @@ def _open_native() -> InferenceBackend:
     return backend
 
 
-_FACTORIES: dict[str, Callable[[], InferenceBackend]] = {"native": _open_native}
+def _open_isolated() -> InferenceBackend:
+    # The extension is for the engine process alone to load.
+    from ai4all.backend.isolated import IsolatedBackend
+
+    return IsolatedBackend()
+
+
+_FACTORIES: dict[str, Callable[[], InferenceBackend]] = {
+    "isolated": _open_isolated,
+    "native": _open_native,
+}
 
 
 def open_backend(name: str = "native") -> InferenceBackend:

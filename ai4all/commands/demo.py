@@ -52,6 +52,7 @@ def run_demo(
     model: str | None,
     *,
     as_json: bool,
+    in_process: bool = False,
 ) -> None:
     """Set up, compute ``tasks`` blocks for an embedded coordinator, print what came of them.
 
@@ -61,7 +62,9 @@ def run_demo(
         ModelError: A model cannot be had.
         typer.Exit: With status 1, when a block was not computed or not accepted.
     """
-    settings = read_settings(config, data_dir, worker__model=model)
+    settings = read_settings(
+        config, data_dir, worker__model=model, isolation__in_process=in_process or None
+    )
     prepare_data_dir(settings.data_dir)
     log_to_terminal(settings)
     document = asyncio.run(_demo(environment, settings, tasks, as_json=as_json))
@@ -133,7 +136,10 @@ async def _compute(
     screen: DemoScreen | None,
 ) -> tuple[Mapping[str, Outcome], str]:
     """Run a worker against a coordinator until every task has ended."""
-    async with EmbeddedCoordinator(tasks) as coordinator, environment.open_backend() as backend:
+    async with (
+        EmbeddedCoordinator(tasks) as coordinator,
+        environment.open_backend_for_blocks(settings) as backend,
+    ):
         build = backend.capabilities().engine_build
         options = WorkerOptions(
             worker_id=station.worker_id,

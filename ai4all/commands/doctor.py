@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ai4all.backend import registry
+from ai4all.backend.quarantine import QUARANTINE_FILE, Quarantine
 from ai4all.benchmark.hardware import HardwareInfo
 from ai4all.benchmark.store import BenchmarkStore
 from ai4all.commands.environment import (
@@ -116,6 +117,10 @@ def _data_directory(settings: Settings) -> Iterator[Check]:
         return
     yield Check("first run", "ok", "done")
     yield from _models(settings)
+    for held in Quarantine(folder / QUARANTINE_FILE).held():
+        how = f"`ai4all-native models unquarantine {held.model_id}` lifts that"
+        detail = f"killed the engine again and again; quarantined until {held.until_text}; {how}"
+        yield Check(f"model {held.model_id}", "warning", detail)
     try:
         latest = BenchmarkStore(folder).latest()
     except Ai4allError as error:

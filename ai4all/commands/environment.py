@@ -43,6 +43,30 @@ class Environment:
 
     open_backend: Callable[[], InferenceBackend] = _open_native_backend
 
+    def open_backend_for_blocks(self, settings: Settings) -> InferenceBackend:
+        """A backend that computes for others: in a process of its own, unless set otherwise.
+
+        One that a caller has put in place is taken as it is.
+        """
+        if settings.isolation.in_process or self.open_backend is not _open_native_backend:
+            return self.open_backend()
+        from ai4all.backend.crash_records import CrashRecords
+        from ai4all.backend.isolated import IsolatedBackend
+        from ai4all.backend.quarantine import QUARANTINE_FILE, Quarantine
+        from ai4all.backend.watchdog import WatchdogLimits
+
+        isolation = settings.isolation
+        return IsolatedBackend(
+            crash_records=CrashRecords(settings.data_dir / "logs" / "crashes"),
+            quarantine=Quarantine(settings.data_dir / QUARANTINE_FILE),
+            limits=WatchdogLimits(
+                load=isolation.load_limit_seconds,
+                prefill=isolation.prefill_limit_seconds,
+                decode=isolation.decode_limit_seconds,
+                silence=isolation.silence_limit_seconds,
+            ),
+        )
+
 
 def version_line() -> str:
     """Our version, and how the engine was built or why there is none."""

@@ -1,4 +1,4 @@
-"""``ai4all-native models``: list, pull, verify and remove."""
+"""``ai4all-native models``: list, pull, verify, release and remove."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ai4all.backend.quarantine import QUARANTINE_FILE, Quarantine
 from ai4all.commands.environment import (
     log_to_terminal,
     print_json,
@@ -17,11 +18,12 @@ from ai4all.commands.environment import (
 )
 from ai4all.errors import InvalidModelFile, ModelChecksumMismatch, ModelNotFound
 from ai4all.first_run import open_store
+from ai4all.models.files import disk_error
 from ai4all.models.progress import show_download
 from ai4all.models.store import ModelStore
 from ai4all.types.model import ModelFile
 
-__all__ = ["list_models", "pull_model", "remove_model", "verify_models"]
+__all__ = ["list_models", "pull_model", "remove_model", "unquarantine_model", "verify_models"]
 
 _MIB = 1024 * 1024
 
@@ -110,6 +112,35 @@ def remove_model(
         print_json({"removed": model_id})
     else:
         stdout_console().print(f"removed {model_id}", markup=False)
+
+
+def unquarantine_model(
+    config: Path | None, data_dir: Path | None, model_id: str, *, as_json: bool
+) -> None:
+    """Forget the deaths of the engine that are held against a model.
+
+    Raises:
+        ModelNotFound: It is neither here nor quarantined.
+        DataDirectoryError: That could not be kept.
+    """
+    settings = read_settings(config, data_dir)
+    log_to_terminal(settings)
+    stored = open_store(settings).stored()
+    quarantine = Quarantine(settings.data_dir / QUARANTINE_FILE)
+    digests = {held.model_sha256 for held in quarantine.held() if held.model_id == model_id}
+    if model_id in stored:
+        digests.add(stored[model_id].sha256)
+    if not digests:
+        raise ModelNotFound(model_id)
+    try:
+        lifted = sum(quarantine.lift(digest) for digest in digests)
+    except OSError as error:
+        raise disk_error(settings.data_dir / QUARANTINE_FILE, error) from error
+    if as_json:
+        print_json({"model_id": model_id, "lifted": lifted})
+    else:
+        line = "may be loaded again" if lifted else "was not quarantined"
+        stdout_console().print(f"{model_id} {line}", markup=False)
 
 
 def _open_store(config: Path | None, data_dir: Path | None) -> ModelStore:

@@ -60,7 +60,7 @@ async def prepare_station(
     async def run_benchmark(model: ModelFile) -> BenchmarkResult:
         console.print("first run: measuring this machine")
         return await measure(
-            environment.open_backend,
+            lambda: environment.open_backend_for_blocks(settings),
             model,
             settings.engine_options(),
             BenchmarkStore(settings.data_dir),

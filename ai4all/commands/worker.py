@@ -33,6 +33,8 @@ def run_worker(
     data_dir: Path | None,
     coordinator: str | None,
     model: str | None,
+    *,
+    in_process: bool = False,
 ) -> None:
     """Work until a signal says stop. The first run is done before, if it is still due.
 
@@ -43,7 +45,13 @@ def run_worker(
         LinkError: The link failed for good.
         SpoolError: Results cannot be kept.
     """
-    settings = read_settings(config, data_dir, coordinator__url=coordinator, worker__model=model)
+    settings = read_settings(
+        config,
+        data_dir,
+        coordinator__url=coordinator,
+        worker__model=model,
+        isolation__in_process=in_process or None,
+    )
     # All that can be wrong with the settings shows before anything is downloaded.
     link = link_options(settings)
     prepare_data_dir(settings.data_dir)
@@ -89,7 +97,7 @@ async def _prepare(
     station = await prepare_station(environment, settings, stderr_console())
     # Not in a thread: nothing else runs yet, and a stop in between would leave it open.
     spool = await held.enter_async_context(Spool.open(settings.data_dir / _SPOOL_FILE))
-    backend = await held.enter_async_context(environment.open_backend())
+    backend = await held.enter_async_context(environment.open_backend_for_blocks(settings))
     score = BenchmarkStore(settings.data_dir).registration_score(
         station.model.sha256, backend.capabilities().engine_build
     )

@@ -323,7 +323,8 @@ class TestFigures:
 class TestRegistry:
     def test_describe_names_what_runs_and_why_not(self) -> None:
         assert [(status.name, status.available) for status in registry.describe()] == [
-            ("native", True)
+            ("isolated", True),
+            ("native", True),
         ]
         targets = {status.name: status for status in registry.targets()}
         assert set(targets) == {"cpu", "cuda", "rocm", "vulkan", "metal"}
@@ -341,9 +342,9 @@ class TestRegistry:
         monkeypatch.setattr(registry.importlib, "import_module", absent)
         with pytest.raises(EngineUnavailable, match="pip install"):
             registry.open_backend()
-        (status,) = registry.describe()
-        assert not status.available
-        assert "pip install" in status.reason
+        for status in registry.describe():
+            assert not status.available
+            assert "pip install" in status.reason
 
 
 def test_stub_matches_the_extension() -> None:
