@@ -244,18 +244,21 @@ def test_another_benchmark_model_is_not_held_to_our_digest(tmp_path: Path) -> No
 
 
 def test_engine_options() -> None:
-    assert load_settings(environ={}).engine_options() == EngineOptions()
+    assert load_settings(environ={}).engine_options() == EngineOptions(n_ubatch=0)
     settings = load_settings(
         None,
         {
             "engine.context_length": 1024,
             "engine.batch": 256,
             "engine.threads": 3,
+            "engine.memory_limit_mb": 900,
             "worker.max_concurrent_tasks": 4,
         },
         environ={},
     )
-    assert settings.engine_options() == EngineOptions(n_ctx=1024, n_batch=256, threads=3, n_slots=4)
+    assert settings.engine_options() == EngineOptions(
+        n_ctx=1024, n_batch=256, n_ubatch=0, threads=3, n_slots=4, memory_limit_mb=900
+    )
 
 
 def test_no_coordinator_says_how_to_name_one() -> None:
