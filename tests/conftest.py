@@ -2,11 +2,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from tiny_gguf import write_tiny_gguf
+
+# A shell without job control starts background commands with SIGINT ignored, and what they start
+# inherits that. The tests send it, so they begin as in the foreground.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
