@@ -137,12 +137,16 @@ class TestGenerate:
 
     async def test_a_request_behind_a_load_reports_it(self, tiny_model: Path) -> None:
         async with NativeBackend() as backend:
-            load = asyncio.create_task(backend.load(model_file(tiny_model), OPTIONS))
-            await asyncio.sleep(0)
-            end = await backend.complete(greedy())
-            assert end.timings.load_ms > 0
-            assert (await load).load_ms >= end.timings.load_ms
-            assert end.fingerprint.model_sha256 == (await load).file.sha256
+            # The tiny model loads in a millisecond; on a busy machine that may be over before the
+            # request is made, so there is more than one try.
+            for _ in range(50):
+                load, end = await asyncio.gather(
+                    backend.load(model_file(tiny_model), OPTIONS), backend.complete(greedy())
+                )
+                assert end.fingerprint.model_sha256 == load.file.sha256
+                if end.timings.load_ms > 0:
+                    break
+            assert 0 < end.timings.load_ms <= load.load_ms
 
     async def test_greedy_repeats_and_the_fingerprint_hashes_it(
         self, backend: NativeBackend
