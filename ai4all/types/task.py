@@ -109,6 +109,11 @@ def _from_name(kind: type[enum.StrEnum]) -> BeforeValidator:
 
 
 _Count = Annotated[int, Field(ge=0)]
+# JSON has no tuples.
+_Span = Annotated[
+    tuple[_Count, _Count],
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+]
 _StopSequence = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 
 
@@ -292,7 +297,7 @@ class QuestionAnsweringOutput(_Generated):
     task_type: Literal["QUESTION_ANSWERING"] = "QUESTION_ANSWERING"
     answer: str
     confidence: float
-    evidence_spans: list[tuple[int, int]]
+    evidence_spans: list[_Span]
     usage: Usage
 
 
