@@ -133,11 +133,17 @@ class ModelGate:
 
     First come, first served: a block that wants another model is not overtaken by blocks that
     want the one that is loaded.
+
+    Args:
+        backend: What holds the model.
+        options_for: How to run a model; may read a file.
     """
 
-    def __init__(self, backend: InferenceBackend, options: EngineOptions) -> None:
+    def __init__(
+        self, backend: InferenceBackend, options_for: Callable[[ModelFile], EngineOptions]
+    ) -> None:
         self._backend = backend
-        self._options = options
+        self._options_for = options_for
         self._turn = asyncio.Lock()
         self._users = 0
         self._idle = asyncio.Event()
@@ -177,9 +183,13 @@ class ModelGate:
             return 0.0
         await self._idle.wait()
         # A load is not given up with the block that asked for it: the next may want it, too.
-        self._loading = asyncio.ensure_future(load_model(self._backend, model, self._options))
+        self._loading = asyncio.ensure_future(self._load(model))
         self._loading.add_done_callback(self._loaded)
         return (await asyncio.shield(self._loading)).load_ms
+
+    async def _load(self, model: ModelFile) -> LoadedModel:
+        options = await asyncio.to_thread(self._options_for, model)
+        return await load_model(self._backend, model, options)
 
     def _loaded(self, task: asyncio.Task[LoadedModel]) -> None:
         self._loading = None

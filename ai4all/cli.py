@@ -169,12 +169,15 @@ def benchmark(
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
     model: ModelOption = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Search for the fastest way to run the model again.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure this machine and compare with the run before."""
     from ai4all.commands.benchmark import run_benchmark
 
-    run_benchmark(context.obj, config, data_dir, model, as_json=as_json)
+    run_benchmark(context.obj, config, data_dir, model, tune_again=tune, as_json=as_json)
 
 
 @app.command()
@@ -207,7 +210,7 @@ def generate(
         bool, typer.Option("--ignore-eos", help="Go on over end-of-generation tokens.")
     ] = False,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=0, help="Threads; 0: one for each core.")
+        int | None, typer.Option("--threads", min=0, help="Threads; 0: as measured to be best.")
     ] = None,
     context_length: Annotated[
         int | None, typer.Option("--context-length", min=0, help="Tokens; 0: the model's own.")
@@ -321,6 +324,50 @@ def models_unquarantine(
     from ai4all.commands.models import unquarantine_model
 
     unquarantine_model(config, data_dir, model_id, as_json=as_json)
+
+
+@models_app.command("fit")
+def models_fit(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="ID_OR_PATH")],
+    types: Annotated[
+        str | None,
+        typer.Option("--types", metavar="TYPE,...", help="Encodings to try, such as Q4_0,Q8_0."),
+    ] = None,
+    max_perplexity_increase: Annotated[
+        float,
+        typer.Option(
+            "--max-perplexity-increase",
+            metavar="PERCENT",
+            min=0.0,
+            max=1000.0,
+            help="How much worse the perplexity may get.",
+        ),
+    ] = 5.0,
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=1, max=100, help="Times that each one is measured.")
+    ] = 3,
+    use: Annotated[
+        bool, typer.Option("--use", help="Compute with the winner in place of the original.")
+    ] = False,
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the encoding of a model that runs fastest here, and keep it beside the original."""
+    from ai4all.commands.fit import run_fit
+
+    run_fit(
+        context.obj,
+        config,
+        data_dir,
+        model,
+        types,
+        max_perplexity_increase=max_perplexity_increase,
+        rounds=rounds,
+        use=use,
+        as_json=as_json,
+    )
 
 
 @models_app.command("remove")

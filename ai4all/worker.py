@@ -107,6 +107,7 @@ class WorkerOptions:
         benchmark_score: The benchmark's composite score, or None.
         max_concurrent_tasks: Blocks computed at once.
         engine: How to run models.
+        engine_for: How to run a certain one; by default as ``engine`` says. May read a file.
         preload: A model to load before the first block asks for it.
         stop_grace: Seconds that running blocks have after ``stop``.
         progress_interval: Least seconds between two ``Progress`` frames of a block.
@@ -117,6 +118,7 @@ class WorkerOptions:
     benchmark_score: float | None = None
     max_concurrent_tasks: int = 1
     engine: EngineOptions = field(default_factory=EngineOptions)
+    engine_for: Callable[[ModelFile], EngineOptions] | None = None
     preload: ModelFile | None = None
     stop_grace: float = 20.0
     progress_interval: float = 0.1
@@ -162,7 +164,7 @@ class Worker:
         self._observe = observer or (lambda event: None)
         self._blocks: dict[str, Block] = {}
         self._slots = asyncio.Semaphore(options.max_concurrent_tasks)
-        self._gate = ModelGate(backend, options.engine)
+        self._gate = ModelGate(backend, options.engine_for or (lambda _: options.engine))
         self._background: set[asyncio.Task[None]] = set()
         self._session = Session(
             options.worker_id,

@@ -17,6 +17,7 @@ from array import array
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,7 @@ __all__ = [
     "engine_build_info",
     "engine_build_line",
     "engine_devices",
+    "quantize_file",
 ]
 
 log = logging.getLogger("ai4all.engine")
@@ -113,6 +115,26 @@ def engine_build_info() -> dict[str, Any]:
 def engine_devices() -> list[dict[str, Any]]:
     """The compute devices the build can see; memory in bytes."""
     return _engine.devices()
+
+
+def quantize_file(source: Path, target: Path, type_name: str, threads: int) -> None:
+    """Re-encode a model file in this process; blocks until done. A bad file may abort it.
+
+    Args:
+        source: The file to read.
+        target: The file to write.
+        type_name: Such as "Q8_0".
+        threads: Threads to compute with.
+
+    Raises:
+        BadRequest: There is no such type.
+        LoadFailed: The file cannot be read or written.
+        OutOfMemory: There is not enough memory for it.
+    """
+    try:
+        _engine.quantize(os.fsencode(source), os.fsencode(target), type=type_name, threads=threads)
+    except _engine.EngineFault as fault:
+        raise _error(*fault.args) from None
 
 
 def engine_build_line() -> str:

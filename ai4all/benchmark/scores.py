@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ai4all.backend.base import InferenceBackend
 from ai4all.benchmark.hardware import HardwareInfo
+from ai4all.benchmark.tuning_store import Tuning
 from ai4all.errors import EngineClosed
 
 __all__ = [
@@ -108,6 +109,7 @@ class BenchmarkResult(_Kept):
         backend: "cpu", "cuda", "rocm", "vulkan" or "metal".
         model: Id of the model.
         memory_mb: Memory in use after the last prompt, in MiB.
+        tuning: The search that chose how the model was run; None where the owner did.
     """
 
     timestamp: str
@@ -118,6 +120,7 @@ class BenchmarkResult(_Kept):
     prompts: list[PromptFigures]
     key: BenchmarkKey
     hardware: HardwareInfo
+    tuning: Tuning | None = None
 
 
 def composite_score(tokens_per_second: float, time_to_first_token_ms: float) -> float:

@@ -19,6 +19,7 @@ from ai4all.benchmark.scores import (
     score,
 )
 from ai4all.benchmark.store import BenchmarkStore
+from ai4all.benchmark.tuning_store import Tuning
 from ai4all.errors import EngineClosed
 
 __all__ = ["BenchmarkProgress", "BenchmarkSuite", "TOKENS_PER_PROMPT", "benchmark_prompts"]
@@ -64,6 +65,7 @@ class BenchmarkSuite:
         self,
         backend: InferenceBackend,
         progress: Callable[[BenchmarkProgress], None] | None = None,
+        tuning: Tuning | None = None,
     ) -> BenchmarkResult:
         """Measure the model that ``backend`` holds.
 
@@ -73,6 +75,7 @@ class BenchmarkSuite:
         Args:
             backend: With the model loaded.
             progress: Called after every token.
+            tuning: What the model was loaded with, to be kept with the result.
 
         Raises:
             EngineClosed: No model is loaded.
@@ -109,6 +112,7 @@ class BenchmarkSuite:
             prompts=rows,
             key=BenchmarkKey.of(backend),
             hardware=await asyncio.to_thread(HardwareInfo.detect, capabilities.devices),
+            tuning=tuning,
         )
         if self._store is not None:
             await asyncio.to_thread(self._store.save, result)

@@ -27,12 +27,12 @@ import psutil
 from ai4all.backend.base import EngineOptions, GenerateRequest, InferenceBackend
 from ai4all.backend.cores import compute_threads, usable_cores
 from ai4all.benchmark.suite import benchmark_prompts
-from ai4all.benchmark.tuning_store import Trial, Tuning, TuningKey
+from ai4all.benchmark.tuning_store import PEACE, Trial, Tuning, TuningKey
 from ai4all.errors import ComputeError, ContextOverflow
 from ai4all.models.memory import load_model
 from ai4all.types.model import ModelFile
 
-__all__ = ["TUNING_BUDGET_S", "TuningProgress", "thread_candidates", "tune"]
+__all__ = ["TUNING_BUDGET_S", "TuningProgress", "is_peaceful", "thread_candidates", "tune"]
 
 TUNING_BUDGET_S = 20.0
 """Time after which nothing more is tried, in seconds."""
@@ -145,8 +145,7 @@ async def tune(
         OutOfMemory: The model does not fit.
         ComputeError: A load or a generation failed.
     """
-    # What others compute now; sampled before we compute ourselves.
-    other_load = await asyncio.to_thread(psutil.cpu_percent, _LOAD_SAMPLE_S) / 100.0
+    other_load = await asyncio.to_thread(_load_now)
     search = _Search(backend, model, options, budget_s, progress)
     await search.run()
     return Tuning(
@@ -158,9 +157,19 @@ async def tune(
         flash_attention=search.best.flash,
         seconds=round(search.elapsed(), 3),
         is_complete=search.is_complete,
-        other_load=min(1.0, other_load),
+        other_load=other_load,
         trials=search.trials(),
     )
+
+
+def is_peaceful() -> bool:
+    """Whether others leave the machine alone now. Blocks for a moment."""
+    return _load_now() < PEACE
+
+
+def _load_now() -> float:
+    """Share of the machine that is in use, 0..1; ours counts, so nothing may run."""
+    return min(1.0, psutil.cpu_percent(_LOAD_SAMPLE_S) / 100.0)
 
 
 class _Search:

@@ -15,13 +15,15 @@ from ai4all.backend.cores import usable_cores
 from ai4all.errors import DataDirectoryError
 from ai4all.models.files import write_atomically
 
-__all__ = ["Trial", "Tuning", "TuningKey", "TuningStore", "with_tuning"]
+__all__ = ["PEACE", "Trial", "Tuning", "TuningKey", "TuningStore", "is_open", "with_tuning"]
 
 _log = logging.getLogger(__name__)
 
 _MOST_KEPT = 64
-_PEACE = 0.25
 _MAX_BYTES = 1 << 20
+
+PEACE = 0.25
+"""Share of the machine that others may use while ways to run a model are compared."""
 
 _Rate = Annotated[float, Field(gt=0.0)] | None
 
@@ -94,7 +96,7 @@ class Tuning(_Kept):
     @property
     def is_sound(self) -> bool:
         """Whether the machine had the time and the peace for it; else it is worth repeating."""
-        return self.is_complete and self.other_load < _PEACE
+        return self.is_complete and self.other_load < PEACE
 
 
 class _File(BaseModel):
@@ -170,6 +172,12 @@ class TuningStore:
             threads=options.threads or near.threads,
             threads_batch=_threads_batch(options, near),
         )
+
+
+def is_open(options: EngineOptions) -> bool:
+    """Whether ``options`` leave anything to a tuning."""
+    has_threads = options.threads and options.threads_batch
+    return not (has_threads and options.n_ubatch and options.flash_attention != "auto")
 
 
 def with_tuning(options: EngineOptions, tuning: Tuning) -> EngineOptions:

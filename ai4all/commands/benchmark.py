@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ai4all.benchmark.scores import BenchmarkResult
 from ai4all.benchmark.store import BenchmarkStore
+from ai4all.benchmark.tuning_store import Tuning
 from ai4all.commands.environment import (
     Environment,
     log_to_terminal,
@@ -32,9 +33,18 @@ def run_benchmark(
     data_dir: Path | None,
     model: str | None,
     *,
+    tune_again: bool = False,
     as_json: bool,
 ) -> None:
     """Measure a model, by default the one of the first run, which is done if it is still due.
+
+    Args:
+        environment: Where compute comes from.
+        config: Configuration file.
+        data_dir: Data directory.
+        model: Id or path, or None for the one that the settings name.
+        tune_again: Search for the fastest way to run it also when one is kept.
+        as_json: One JSON object in place of the tables.
 
     Raises:
         ConfigError: The settings are wrong.
@@ -45,7 +55,7 @@ def run_benchmark(
     settings = read_settings(config, data_dir, worker__model=model)
     prepare_data_dir(settings.data_dir)
     log_to_terminal(settings)
-    result = asyncio.run(_benchmark(environment, settings))
+    result = asyncio.run(_benchmark(environment, settings, tune_again=tune_again))
     store = BenchmarkStore(settings.data_dir)
     if as_json:
         previous = store.previous(result.key)
@@ -57,7 +67,9 @@ def run_benchmark(
         print_result(result, store.previous(result.key), store.latest_path, stdout_console())
 
 
-async def _benchmark(environment: Environment, settings: Settings) -> BenchmarkResult:
+async def _benchmark(
+    environment: Environment, settings: Settings, *, tune_again: bool
+) -> BenchmarkResult:
     station = await prepare_station(environment, settings, stderr_console())
     if isinstance(station.first_benchmark, BenchmarkResult):
         measured = station.first_benchmark
@@ -68,8 +80,9 @@ async def _benchmark(environment: Environment, settings: Settings) -> BenchmarkR
         environment.open_backend,
         station.model,
         settings.engine_options(),
-        BenchmarkStore(settings.data_dir),
+        settings.data_dir,
         stderr_console(),
+        tune_again=tune_again,
     )
 
 
@@ -109,6 +122,8 @@ def print_result(
         scores.add_row(label, f"{value:.3g}{unit}" if value < 1 else f"{value:.2f}{unit}", change)
     console.print(scores)
 
+    if result.tuning is not None:
+        _print_tuning(result.tuning, console)
     hardware = result.hardware
     cores = f"{hardware.usable_cores:g}" if hardware.usable_cores is not None else "?"
     console.print(
@@ -121,6 +136,33 @@ def print_result(
         console.print("no earlier run with the same model, build, device and threads")
     # A path must come out whole to be copied, whatever the width of the terminal.
     console.print(f"kept in {path}", soft_wrap=True)
+
+
+def _print_tuning(tuning: Tuning, console: Console) -> None:
+    table = Table(title=f"Ways to run it, tried in {tuning.seconds:.1f} s, {tuning.timestamp}")
+    for heading in ("threads", "for prompts", "batch"):
+        table.add_column(heading, justify="right")
+    table.add_column("flash attention")
+    for heading in ("prompt tok/s", "decode tok/s"):
+        table.add_column(heading, justify="right")
+    for trial in tuning.trials:
+        table.add_row(
+            str(trial.threads),
+            str(trial.threads_batch),
+            str(trial.ubatch),
+            trial.flash_attention,
+            _rate(trial.prompt_tokens_per_second),
+            _rate(trial.decode_tokens_per_second),
+        )
+    console.print(table)
+    console.print(
+        f"chosen: {tuning.threads} threads, {tuning.threads_batch} for prompts, "
+        f"batch {tuning.ubatch}, flash attention {tuning.flash_attention}"
+    )
+    if not tuning.is_complete:
+        console.print("there was not time for all of it; `benchmark --tune` tries again")
+    elif not tuning.is_sound:
+        console.print("the machine was busy meanwhile; `benchmark --tune` tries again")
 
 
 def _rate(tokens_per_second: float | None) -> str:

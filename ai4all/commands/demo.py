@@ -141,16 +141,18 @@ async def _compute(
         environment.open_backend_for_blocks(settings) as backend,
     ):
         build = backend.capabilities().engine_build
+        engine = settings.engine_options()
         options = WorkerOptions(
             worker_id=station.worker_id,
             benchmark_score=benchmarks.registration_score(station.model.sha256, build),
-            engine=settings.engine_options(),
+            engine=engine,
+            engine_for=lambda model: station.options_for(model, engine, backend.capabilities()),
             preload=station.model,
             stop_grace=settings.worker.stop_grace_seconds,
         )
         worker = Worker(
             backend,
-            station.store,
+            station.models,
             # Not the spool on disk: its results belong to another coordinator.
             MemorySpool(),
             LinkOptions(url=coordinator.url),

@@ -18,6 +18,7 @@ from ai4all.backend.base import (
     InferenceBackend,
     TokenEvent,
 )
+from ai4all.benchmark.tuning_store import TuningStore
 from ai4all.commands.environment import (
     Environment,
     log_to_terminal,
@@ -76,7 +77,9 @@ def run_generate(
     async def run() -> None:
         with show_download(stderr_console(), model) as progress:
             file = await store.resolve(model, progress)
-        await generate(environment.open_backend(), file, options, request, as_json=as_json)
+        tunings = TuningStore(settings.data_dir)
+        backend = environment.open_backend()
+        await generate(backend, file, options, tunings, request, as_json=as_json)
 
     asyncio.run(run())
 
@@ -118,16 +121,20 @@ async def generate(
     backend: InferenceBackend,
     model: ModelFile,
     options: EngineOptions,
+    tunings: TuningStore,
     request: GenerateRequest,
     *,
     as_json: bool,
 ) -> None:
     """Load ``model``, generate, and print the text as it comes, or one JSON object at the end.
 
+    What ``options`` leave open is filled in from ``tunings``.
+
     Raises:
         ComputeError: The load or the generation failed.
     """
     async with backend:
+        options = tunings.options_for(options, model.sha256, backend.capabilities())
         await load_model(backend, model, options)
         async with contextlib.aclosing(backend.generate(request)) as events:
             async for event in events:

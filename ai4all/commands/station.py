@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from ai4all.backend.base import Capabilities, EngineOptions
 from ai4all.benchmark.scores import BenchmarkResult
-from ai4all.benchmark.store import BenchmarkStore
+from ai4all.benchmark.tuning_store import TuningStore
 from ai4all.commands.environment import Environment
 from ai4all.commands.measure import measure
 from ai4all.config import Settings
 from ai4all.errors import ModelNotFound
 from ai4all.first_run import ensure_first_run, open_store, prepare_data_dir
+from ai4all.models.fitted import FittedModels
 from ai4all.models.progress import show_download
 from ai4all.models.sources import BENCHMARK_MODEL_ID
 from ai4all.models.store import ModelStore
@@ -29,14 +31,24 @@ class Station:
     Attributes:
         worker_id: Its persistent identity.
         store: Its models.
-        model: The one that the settings name.
+        models: The same as they shall be computed: fitted ones where the owner asked for it.
+        tunings: The fastest ways to run them, as far as they were measured.
+        model: The one that the settings name, as it shall be computed.
         first_benchmark: What the first run measured, if it was done just now.
     """
 
     worker_id: str
     store: ModelStore
+    models: FittedModels
+    tunings: TuningStore
     model: ModelFile
     first_benchmark: BenchmarkResult | None
+
+    def options_for(
+        self, model: ModelFile, options: EngineOptions, capabilities: Capabilities
+    ) -> EngineOptions:
+        """``options`` for ``model``; what they leave open as it was measured to be fastest."""
+        return self.tunings.options_for(options, model.sha256, capabilities)
 
 
 async def prepare_station(
@@ -63,7 +75,7 @@ async def prepare_station(
             lambda: environment.open_backend_for_blocks(settings),
             model,
             settings.engine_options(),
-            BenchmarkStore(settings.data_dir),
+            settings.data_dir,
             console,
         )
 
@@ -71,4 +83,7 @@ async def prepare_station(
     model = chosen or report.model
     if model is None:
         raise ModelNotFound(settings.worker.model)
-    return Station(report.worker_id, store, model, report.benchmark)
+    models = FittedModels(store, use_all=settings.models.use_fitted)
+    model = await asyncio.to_thread(models.get, model.model_id)
+    tunings = TuningStore(settings.data_dir)
+    return Station(report.worker_id, store, models, tunings, model, report.benchmark)

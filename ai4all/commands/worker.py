@@ -101,6 +101,7 @@ async def _prepare(
     score = BenchmarkStore(settings.data_dir).registration_score(
         station.model.sha256, backend.capabilities().engine_build
     )
+    engine = settings.engine_options()
     reconnect = settings.coordinator
     backoff = Backoff(
         reconnect.reconnect_interval_ms,
@@ -111,13 +112,14 @@ async def _prepare(
         worker_id=station.worker_id,
         benchmark_score=score,
         max_concurrent_tasks=settings.worker.max_concurrent_tasks,
-        engine=settings.engine_options(),
+        engine=engine,
+        engine_for=lambda model: station.options_for(model, engine, backend.capabilities()),
         preload=station.model,
         stop_grace=settings.worker.stop_grace_seconds,
         progress_interval=settings.worker.progress_interval_ms / 1000.0,
         session=session_options(settings),
     )
-    return Worker(backend, station.store, spool, link, Attempts(backoff), options)
+    return Worker(backend, station.models, spool, link, Attempts(backoff), options)
 
 
 def link_options(settings: Settings) -> LinkOptions:

@@ -78,6 +78,7 @@ class StoredModel(BaseModel):
         size_bytes: Of the file.
         source: Where it came from.
         added: When, RFC 3339 in UTC.
+        fitted_from: Digest of the file that this one was re-encoded from, or None.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -86,6 +87,7 @@ class StoredModel(BaseModel):
     size_bytes: int = Field(ge=1)
     source: str
     added: str
+    fitted_from: Sha256 | None = None
 
 
 class _Index(BaseModel):
@@ -93,6 +95,8 @@ class _Index(BaseModel):
 
     version: int = Field(1, ge=1, le=1)
     models: dict[str, StoredModel] = Field(default_factory=dict)
+    # Which fitted file to compute with, by digest, in place of which one as it came.
+    preferred: dict[Sha256, Sha256] = Field(default_factory=dict)
 
 
 class ModelStore:
@@ -159,6 +163,55 @@ class ModelStore:
             DataDirectoryError: The index cannot be read.
         """
         return dict(sorted(self._read_index().models.items()))
+
+    def preferred(self) -> dict[str, str]:
+        """Digests of fitted files that their owner wants used, by the digest of the original.
+
+        Raises:
+            DataDirectoryError: The index cannot be read.
+        """
+        return dict(self._read_index().preferred)
+
+    def prefer(self, original_sha256: str, fitted_sha256: str | None) -> None:
+        """Say what shall be computed with in place of a file as it came; None is that file.
+
+        Raises:
+            DataDirectoryError: The index cannot be read or written.
+        """
+        with self._changing_index() as index:
+            index.preferred.pop(original_sha256, None)
+            if fitted_sha256 is not None:
+                index.preferred[original_sha256] = fitted_sha256
+
+    def fitting_path(self, original: ModelFile, type_name: str) -> Path:
+        """Where a re-encoded file may be written until it is kept; not a model yet.
+
+        Raises:
+            DataDirectoryError: The data directory cannot be written.
+        """
+        self._make_directories()
+        return self._directory / f".fit-{original.sha256[:16]}-{type_name}.partial"
+
+    def keep_fitted(self, model_id: str, original: ModelFile, type_name: str) -> ModelFile:
+        """Keep the file at ``fitting_path`` as ``model_id``, beside its original. Hashes it.
+
+        Raises:
+            InvalidModelFile: It is not a model that is safe to load; it is removed.
+            DataDirectoryError: The data directory cannot be written.
+        """
+        _check_id(model_id)
+        path = self.fitting_path(original, type_name)
+        try:
+            stored = StoredModel(
+                sha256=hash_file(path),
+                size_bytes=stamp_of(path).size_bytes,
+                source=f"fit:{type_name}",
+                added=datetime.now(UTC).isoformat(timespec="seconds"),
+                fitted_from=original.sha256,
+            )
+        except OSError as error:
+            raise disk_error(path, error) from error
+        return self._keep(model_id, stored, path)
 
     def header(self, model: ModelFile) -> GGUFHeader:
         """What the file of a model says about itself.
@@ -256,6 +309,10 @@ class ModelStore:
             stored = index.models.pop(model_id, None)
             if stored is None:
                 raise ModelNotFound(model_id[:MAX_ID_LENGTH])
+            kept = {row.sha256 for row in index.models.values()}
+            for original, fitted in list(index.preferred.items()):
+                if fitted not in kept:
+                    del index.preferred[original]
         self._remove_unused(stored.sha256)
 
     async def resolve(self, id_or_path: str, progress: ProgressCallback | None = None) -> ModelFile:
