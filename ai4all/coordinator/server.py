@@ -59,6 +59,7 @@ from ai4all.protocol.messages import (
 __all__ = ["EmbeddedCoordinator", "WorkerLink"]
 
 _log = structlog.get_logger(__name__)
+_level = logging.getLogger(__name__)
 
 _CLOSE_POLICY: Final = 1008
 _CLOSE_REPLACED: Final = 4001
@@ -559,7 +560,7 @@ class EmbeddedCoordinator:
 
     def _observe(self, event: Event) -> None:
         # A look at the level is cheaper than a line that nobody reads, and there are many.
-        if logging.getLogger(__name__).isEnabledFor(logging.DEBUG):
+        if _level.isEnabledFor(logging.DEBUG):
             _log.debug(
                 "coordinator",
                 kind=str(event.kind),

@@ -133,7 +133,9 @@ _STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOT
 # character, and the values are walked only when there is a hint. (One pattern for all of them
 # would cost five times as much.)
 _HINTS: Final = ("NaN", "Infinity", "\\ud", "\\uD")
-_LARGE_EXPONENT = re.compile(r"[:,\[\s]-?[0-9.]+[eE]\+?[0-9]{3}")
+_LARGE_EXPONENT = re.compile(r"[0-9][eE]\+?[0-9]{3}")
+# Hexadecimal ids and hashes look like that too, but stand in quotes.
+_LARGE_NUMBER = re.compile(r"[:,\[\s]-?[0-9.]+[eE]\+?[0-9]{3}")
 _MAX_NAME_LENGTH = 64
 _MAX_PATH_LENGTH = 200
 
@@ -291,7 +293,10 @@ def _check_depth(text: str, max_depth: int) -> None:
 
 
 def _is_suspect(text: str) -> bool:
-    return any(hint in text for hint in _HINTS) or _LARGE_EXPONENT.search(text) is not None
+    for hint in _HINTS:
+        if hint in text:
+            return True
+    return _LARGE_EXPONENT.search(text) is not None and _LARGE_NUMBER.search(text) is not None
 
 
 def _find_unsafe(value: object, path: str = "frame") -> str | None:
