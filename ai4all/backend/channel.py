@@ -15,7 +15,6 @@ import struct
 from collections.abc import Callable
 from typing import Any, Final, cast
 
-import numpy as np
 import ujson
 from pydantic import TypeAdapter
 
@@ -184,6 +183,8 @@ def _as_utf8(value: Any) -> Any:
 
 def embeddings_to_wire(embeddings: Embeddings) -> dict[str, Any]:
     """Embeddings as ``embeddings_from_wire`` reads them."""
+    import numpy as np  # Only who embeds pays for it.
+
     vectors = np.ascontiguousarray(embeddings.vectors, dtype=np.float32)
     return {
         "shape": list(vectors.shape),
@@ -201,6 +202,8 @@ def embeddings_from_wire(fields: dict[str, Any]) -> Embeddings:
         LookupError: A field is missing.
         ValueError: One is not what it should be.
     """
+    import numpy as np
+
     floats = np.frombuffer(base64.b64decode(fields["vectors"]), dtype=np.float32)
     rows, columns = fields["shape"]
     return Embeddings(
