@@ -135,7 +135,8 @@ class EngineHost:
     def _begin(self, number: int, work: Coroutine[Any, Any, None]) -> None:
         self._tasks[number] = asyncio.ensure_future(self._run(number, work))
         if self._ticking is None:
-            self._look_at_pulse()
+            loop = asyncio.get_running_loop()
+            self._ticking = loop.call_later(self._tick, self._look_at_pulse)
 
     async def _run(self, number: int, work: Coroutine[Any, Any, None]) -> None:
         try:
@@ -148,6 +149,8 @@ class EngineHost:
             self.say([number, "error", *error_to_wire(error)])
         finally:
             del self._tasks[number]
+            # Somebody waits for the end: not another turn of the loop.
+            self._flush()
 
     async def _load(self, number: int, model: Any, options: Any) -> None:
         loaded = await self._serving.load(

@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import psutil
@@ -80,6 +80,15 @@ _RESULTS: Final[dict[str, Callable[[Any], Any]]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _ToLoad:
+    """A model, how to run it, and what to hold a death against."""
+
+    model: ModelFile
+    options: EngineOptions
+    subject: Subject
+
+
 class _Command:
     """A command that was sent, and what has come back for it so far."""
 
@@ -89,7 +98,7 @@ class _Command:
         name: str,
         process: EngineProcess,
         culprit: Subject | None,
-        to_load: tuple[ModelFile, EngineOptions] | None = None,
+        to_load: _ToLoad | None = None,
     ) -> None:
         self.number = number
         self.name = name
@@ -161,7 +170,7 @@ class IsolatedBackend(InferenceBackend):
         self._commands: dict[int, _Command] = {}
         self._last_number = 0
         # The model to have again after a restart; when that cannot be, why.
-        self._wanted: tuple[ModelFile, EngineOptions] | None = None
+        self._wanted: _ToLoad | None = None
         self._loaded: LoadedModel | None = None
         self._refusal: Ai4allError | None = None
         self._own_figures = psutil.Process()
@@ -213,9 +222,15 @@ class IsolatedBackend(InferenceBackend):
             EngineHung: The load made no progress.
         """
         process = await self._supervisor.serving()
-        self._quarantine.check(self._subject(model, options))
+        subject = Subject(
+            model.model_id,
+            model.sha256,
+            process.capabilities.engine_build,
+            shallow_dict(options),
+        )
+        self._quarantine.check(subject)
         self._wanted = self._loaded = self._refusal = None
-        return await self._load(process, model, options, progress)
+        return await self._load(process, _ToLoad(model, options, subject), progress)
 
     async def unload(self) -> None:
         """Drop the model and give its memory back."""
@@ -299,13 +314,12 @@ class IsolatedBackend(InferenceBackend):
     async def _load(
         self,
         process: EngineProcess,
-        model: ModelFile,
-        options: EngineOptions,
+        to_load: _ToLoad,
         progress: Callable[[float], None] | None,
     ) -> LoadedModel:
-        file = {**shallow_dict(model), "path": str(model.path)}
-        body = (file, shallow_dict(options))
-        command = self._send("load", process, *body, to_load=(model, options))
+        file = {**shallow_dict(to_load.model), "path": str(to_load.model.path)}
+        options = shallow_dict(to_load.options)
+        command = self._send("load", process, file, options, to_load=to_load)
         try:
             while True:
                 kind, answer = await command.get()
@@ -344,11 +358,11 @@ class IsolatedBackend(InferenceBackend):
         name: str,
         process: EngineProcess,
         *body: Any,
-        to_load: tuple[ModelFile, EngineOptions] | None = None,
+        to_load: _ToLoad | None = None,
     ) -> _Command:
         self._last_number += 1
         at_work = to_load or self._wanted
-        culprit = self._subject(*at_work) if at_work is not None else None
+        culprit = at_work.subject if at_work is not None else None
         command = _Command(self._last_number, name, process, culprit, to_load)
         self._commands[command.number] = command
         process.send([name, command.number, *body])
@@ -396,7 +410,7 @@ class IsolatedBackend(InferenceBackend):
                 if not 0.0 <= answer <= 1.0:
                     raise ValueError("a share is between 0 and 1")
             case "loaded" if command.to_load is not None:
-                fields = {**rest[0], "file": command.to_load[0]}
+                fields = {**rest[0], "file": command.to_load.model}
                 answer = self._loaded = LOADED_MODEL.validate_python(fields)
                 self._wanted, self._refusal = command.to_load, None
             case "done":
@@ -456,18 +470,19 @@ class IsolatedBackend(InferenceBackend):
 
     async def _restore(self, process: EngineProcess) -> None:
         """Load again what was loaded."""
-        if self._wanted is None:
+        wanted = self._wanted
+        if wanted is None:
             return
-        model, options = self._wanted
+        model_id = wanted.model.model_id
         try:
-            self._quarantine.check(self._subject(model, options))
-            await self._load(process, model, options, None)
-            _log.info("model_restored", model_id=model.model_id)
+            self._quarantine.check(wanted.subject)
+            await self._load(process, wanted, None)
+            _log.info("model_restored", model_id=model_id)
         except Ai4allError as error:
             if process.lost.done():
                 # It died of the load. Whether there is another try, the quarantine says.
                 return
-            _log.error("model_not_restored", model_id=model.model_id, error=str(error))
+            _log.error("model_not_restored", model_id=model_id, error=str(error))
             self._lose_model(error)
 
     async def _bury(self, process: EngineProcess, death: Death) -> None:
@@ -493,7 +508,7 @@ class IsolatedBackend(InferenceBackend):
     async def _record(
         self, process: EngineProcess, death: Death, state: EngineState, culprit: Subject | None
     ) -> str | None:
-        held = self._subject(*self._wanted) if self._wanted is not None else None
+        held = self._wanted.subject if self._wanted is not None else None
         model = culprit or held
         record = CrashRecord(
             time=now(),
@@ -547,10 +562,6 @@ class IsolatedBackend(InferenceBackend):
         self._wanted = self._loaded = None
         await self._supervisor.close(self.limits.close)
         self._engine_figures = None
-
-    def _subject(self, model: ModelFile, options: EngineOptions) -> Subject:
-        build = self._capabilities.engine_build if self._capabilities is not None else ""
-        return Subject(model.model_id, model.sha256, build, shallow_dict(options))
 
 
 def _after_waiting(result: Any, waited_ms: float) -> Any:
