@@ -25,9 +25,11 @@ from ai4all.commands.environment import (
     stdout_console,
 )
 from ai4all.commands.failure import EXIT_FAILURE
+from ai4all.commands.memory import MemoryAsked
 from ai4all.config import Settings
-from ai4all.errors import Ai4allError, EngineUnavailable
+from ai4all.errors import Ai4allError, EngineUnavailable, OutOfMemory
 from ai4all.first_run import is_initialized, open_store
+from ai4all.models.memory import free_memory, require_memory
 
 __all__ = ["Check", "examine", "print_checks", "report", "run_doctor"]
 
@@ -136,6 +138,7 @@ def _data_directory(settings: Settings) -> Iterator[Check]:
 def _models(settings: Settings) -> Iterator[Check]:
     try:
         store = open_store(settings)
+        memory, free = MemoryAsked(settings), free_memory()
         stored, here = store.stored(), {model.model_id: model for model in store.list()}
     except Ai4allError as error:
         yield Check("models", "problem", str(error))
@@ -152,8 +155,17 @@ def _models(settings: Settings) -> Iterator[Check]:
             continue
         if size != stored[model_id].size_bytes:
             yield Check(f"model {model_id}", "problem", "its size has changed; pull it again")
-        else:
-            yield Check(f"model {model_id}", "ok", f"{size / _MIB:.1f} MiB")
+            continue
+        estimate = memory.of(here[model_id])
+        detail, status = f"{size / _MIB:.1f} MiB", "ok"
+        if estimate is not None:
+            detail += f"; takes {estimate.needed / _MIB:.0f} MiB of memory when loaded"
+            limit = settings.engine.memory_limit_mb * _MIB or None
+            try:
+                require_memory(estimate, free, limit)
+            except OutOfMemory as error:
+                detail, status = str(error), "warning"
+        yield Check(f"model {model_id}", status, detail)
 
 
 def run_doctor(config: Path | None, data_dir: Path | None, *, as_json: bool) -> int:

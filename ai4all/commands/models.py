@@ -16,6 +16,7 @@ from ai4all.commands.environment import (
     stderr_console,
     stdout_console,
 )
+from ai4all.commands.memory import MemoryAsked
 from ai4all.errors import InvalidModelFile, ModelChecksumMismatch, ModelNotFound
 from ai4all.first_run import open_store
 from ai4all.models.files import disk_error
@@ -29,15 +30,26 @@ _MIB = 1024 * 1024
 
 
 def list_models(config: Path | None, data_dir: Path | None, *, as_json: bool) -> None:
-    """Print what is kept, by id."""
-    store = _open_store(config, data_dir)
-    stored, here = store.stored(), {model.model_id for model in store.list()}
+    """Print what is kept, by id; as JSON also the memory that each would take, in bytes."""
+    settings = read_settings(config, data_dir)
+    log_to_terminal(settings)
+    store = open_store(settings)
+    stored, here = store.stored(), {model.model_id: model for model in store.list()}
     if as_json:
-        rows = [
-            {"model_id": model_id, **row.model_dump(), "present": model_id in here}
-            for model_id, row in stored.items()
-        ]
-        print_json({"models": rows})
+        memory = MemoryAsked(settings)
+        print_json(
+            {
+                "models": [
+                    {
+                        "model_id": model_id,
+                        **row.model_dump(),
+                        "present": model_id in here,
+                        "memory": _memory(memory, here.get(model_id)),
+                    }
+                    for model_id, row in stored.items()
+                ]
+            }
+        )
         return
     console = stdout_console()
     if not stored:
@@ -50,6 +62,11 @@ def list_models(config: Path | None, data_dir: Path | None, *, as_json: bool) ->
         size = f"{row.size_bytes / _MIB:.1f} MiB" if model_id in here else "missing"
         table.add_row(model_id, size, row.sha256[:16], row.source, row.added)
     console.print(table)
+
+
+def _memory(memory: MemoryAsked, model: ModelFile | None) -> dict[str, int] | None:
+    estimate = memory.of(model) if model is not None else None
+    return estimate.to_dict() if estimate is not None else None
 
 
 def pull_model(

@@ -40,6 +40,21 @@ def test_after_the_first_run_models_and_benchmark_are_looked_at(cli: Cli, data_d
     assert statuses(cli("doctor", "--json").json)["model benchmark"] == "problem"
 
 
+def test_a_model_that_does_not_fit_is_pointed_out(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli("benchmark", "--json")
+
+    def finding() -> dict[str, str]:
+        checks: list[dict[str, str]] = cli("doctor", "--json").json["checks"]
+        return next(check for check in checks if check["name"] == "model benchmark")
+
+    assert "MiB of memory when loaded" in finding()["detail"]
+    monkeypatch.setenv("AI4ALL_ENGINE_MEMORY_LIMIT_MB", "1")
+    assert finding()["status"] == "warning"
+    assert "memory_limit_mb" in finding()["detail"]
+
+
 def test_without_an_engine_it_says_so(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def unavailable() -> object:
         raise EngineUnavailable("not built here")

@@ -18,6 +18,9 @@ def test_a_model_is_pulled_listed_verified_and_removed(
 
     (row,) = cli("models", "list", "--json").json["models"]
     assert (row["model_id"], row["sha256"], row["present"]) == ("mine", sha256, True)
+    # Weights, cache, buffers and vocabulary of a model of two thirds of a megabyte.
+    assert tiny_model.stat().st_size < row["memory"]["needed"] < 64 << 20
+    assert row["memory"]["peak"] >= row["memory"]["needed"]
     assert "mine" in cli("models", "list").out
 
     verified = cli("models", "verify", "--json")
@@ -42,7 +45,8 @@ def test_a_changed_file_fails_the_verification(cli: Cli, tiny_model: Path) -> No
     assert "sha256" in done.json["models"][0]["problem"]
     path.unlink()
     assert "missing" in cli("models", "verify").out
-    assert cli("models", "list", "--json").json["models"][0]["present"] is False
+    (row,) = cli("models", "list", "--json").json["models"]
+    assert (row["present"], row["memory"]) == (False, None)
 
 
 def test_what_cannot_be_had_is_one_line(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
