@@ -32,7 +32,7 @@ WITH_DATA_DIRECTORY = [
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     code = "import sys; from ai4all.cli import main; sys.exit(main())"
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", code, *arguments], capture_output=True, text=True, check=False
     )
 
 
@@ -63,7 +63,9 @@ def test_help_imports_nothing_heavy() -> None:
         "print(sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr); "
         "sys.exit(status)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0
     for heavy in ("pydantic", "rich", "websockets", "aiohttp", "numpy", "structlog", "asyncio"):
         assert f"'{heavy}'" not in done.stderr
@@ -111,7 +113,7 @@ def test_schema_is_json_on_standard_output() -> None:
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
     code = "import sys; from ai4all.cli import main; sys.exit(main())"
     with subprocess.Popen(
-        [sys.executable, "-c", code, "schema"],
+        [sys.executable, "-P", "-c", code, "schema"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

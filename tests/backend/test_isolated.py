@@ -711,6 +711,7 @@ class TestClose:
         """
         parent = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",
             "-c",
             textwrap.dedent(program),
             stdout=subprocess.DEVNULL,

@@ -188,7 +188,7 @@ async def test_blocks_that_were_running_are_known_after_a_crash(path: Path) -> N
 
 def run_script(code: str, path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(path)],
+        [sys.executable, "-P", "-c", textwrap.dedent(code), str(path)],
         capture_output=True,
         text=True,
         check=False,
@@ -220,6 +220,7 @@ async def test_whatever_was_committed_survives_sigkill(path: Path) -> None:
         remove(path)
         process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",
             "-c",
             textwrap.dedent(code),
             str(path),

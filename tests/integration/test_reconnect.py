@@ -205,6 +205,7 @@ async def test_a_coordinator_that_is_killed_and_started_again_gets_each_result_o
     async def start() -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",
             "-c",
             textwrap.dedent(COORDINATOR),
             *map(str, (tasks, results, port)),

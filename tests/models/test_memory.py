@@ -64,7 +64,7 @@ def model_file(path: Path) -> ModelFile:
 
 def measured_and_estimated(path: Path, options: EngineOptions, words: int) -> tuple[int, int]:
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(path), repr(options), str(words)],
+        [sys.executable, "-P", "-c", PEAK, str(path), repr(options), str(words)],
         capture_output=True,
         text=True,
         check=True,

@@ -47,4 +47,4 @@ Cli = Callable[..., Finished]
 
 def fake_command(*arguments: str, hang_at: int | None = None) -> list[str]:
     """A process's arguments for the command line over a scripted backend."""
-    return [sys.executable, "-c", FAKE_MAIN.format(hang_at=hang_at), *arguments]
+    return [sys.executable, "-P", "-c", FAKE_MAIN.format(hang_at=hang_at), *arguments]
