@@ -16,6 +16,7 @@ import asyncio
 import datetime
 import hashlib
 import platform
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -170,6 +171,8 @@ def measure(run: Run, rows: list[str]) -> None:
 def main() -> int:
     """Measure, print, write."""
     chosen = arguments()
+    # An end from outside unwinds too: no server outlives the run.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     console, progress = Console(), Console(stderr=True)
     if not console.is_terminal:
         console = Console(width=160)
