@@ -113,8 +113,9 @@ def main() -> int:
     parser.add_argument("--child", nargs=2, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
+        first, count = arguments.child
         options = EngineOptions(n_ctx=512, threads=arguments.threads, n_slots=arguments.slots)
-        digests = asyncio.run(runs_of_one_process(arguments.model, *arguments.child, options))
+        digests = asyncio.run(runs_of_one_process(arguments.model, first, count, options))
         print(ujson.dumps(digests))
         return 0
     if arguments.quick:
