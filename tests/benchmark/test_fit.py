@@ -13,6 +13,7 @@ from ai4all.benchmark.fit import FitRow, candidate_types, choose, cost_of
 from ai4all.benchmark.perplexity import perplexity, perplexity_text
 from ai4all.errors import ContextOverflow
 from ai4all.models.gguf import read_header
+from ai4all.models.reencode import reencode
 from ai4all.types.model import ModelFile
 from ai4all.types.task import Fingerprint
 
@@ -106,3 +107,24 @@ async def test_perplexity_of_a_real_model_is_finite_and_repeats(tiny_model: Path
     # Random weights know nothing: worse than guessing, but not absurd.
     assert 10.0 < first.value < 1e6
     assert first.tokens > 100
+
+
+@pytest.mark.model
+async def test_a_wider_encoding_costs_the_reference_model_nothing(
+    reference_model: Path, tmp_path: Path
+) -> None:
+    fitted = tmp_path / "q8.gguf"
+    await reencode(reference_model, fitted, "Q8_0", threads=1)
+    text = " ".join(perplexity_text().split()[:300])
+    values = []
+    async with NativeBackend() as backend:
+        for path in (reference_model, fitted):
+            file = ModelFile("m", path, "ab" * 32, 1)
+            await backend.load(file, EngineOptions(n_ctx=1024, threads=1))
+            values.append(await perplexity(backend, text))
+    before, after = values
+    # A text that it never saw: far better than guessing among 49,152 tokens.
+    assert 10.0 < before.value < 200.0
+    assert after.tokens == before.tokens > 250
+    assert after.value == pytest.approx(before.value, rel=0.01)
+    assert after.value != before.value

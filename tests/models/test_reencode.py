@@ -67,5 +67,5 @@ async def test_cancelling_ends_the_process(
 
 
 def test_every_type_that_is_offered_can_be_made() -> None:
-    source = (Path(module.__file__).parents[2] / "ext/engine/quantize.cpp").read_text()
+    source = (Path(__file__).parents[2] / "ext/engine/quantize.cpp").read_text()
     assert all(f'{{"{name}", LLAMA_FTYPE_' in source for name in BITS_PER_WEIGHT)
