@@ -197,10 +197,14 @@ class TestLiveliness:
         await talk.receive()
         await talk.send(["load", 1, model(tiny_model), OPTIONS])
         await talk.until(1, "loaded")
-        for number in range(2, 5):
+        # Ticks come by the clock: work until there are a few, however fast the machine is.
+        pulses: list[int] = []
+        for number in range(2, 2000):
             await talk.send(["generate", number, request(max_tokens=200)])
             await talk.until(number, "done")
-        pulses = [m[1] for frame in talk.frames for m in frame if m[0] == "tick"]
+            pulses = [m[1] for frame in talk.frames for m in frame if m[0] == "tick"]
+            if len(pulses) >= 3:
+                break
         assert pulses == sorted(pulses)
         # Each evaluates hundreds of nodes.
         assert pulses[-1] > pulses[0] + 100
