@@ -338,7 +338,10 @@ class VersionMismatch(LinkError):
         self.ours = ours
 
     def __str__(self) -> str:
-        return f"the coordinator speaks protocol {self.theirs}, this worker {self.ours}; update the older one"
+        return (
+            f"the coordinator speaks protocol {self.theirs}, this worker {self.ours}; "
+            "update the older one"
+        )
 
 
 class MaxReconnectsExceeded(LinkError):
