@@ -110,6 +110,7 @@ def configure_logging(
     logging.captureWarnings(True)
     # What no line of ours shows is not looked up either (logging's own advice on optimization).
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

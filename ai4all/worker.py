@@ -398,7 +398,7 @@ class Worker:
 
     async def _run(self, block: Block) -> None:
         assignment = block.assignment
-        _log.info(
+        _log.debug(
             "block_started",
             block_id=block.block_id,
             task_type=assignment.task_type.value,

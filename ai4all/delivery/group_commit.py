@@ -29,8 +29,7 @@ __all__ = ["Operation", "Writer", "call_on"]
 _log = structlog.get_logger(__name__)
 
 # What is not urgent waits this long for a result to share its transaction with.
-_LAZY_S = 0.05
-_PATIENT_S = 0.005
+_PATIENT_S = 0.05
 _MAX_BATCH = 512
 
 
@@ -55,7 +54,7 @@ class Operation:
     @classmethod
     def note(cls, sql: str, values: tuple[object, ...]) -> Operation:
         """A statement that nobody waits for."""
-        return cls([(sql, values)], _LAZY_S)
+        return cls([(sql, values)], _PATIENT_S)
 
     @classmethod
     def awaited(

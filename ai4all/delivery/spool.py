@@ -138,9 +138,8 @@ class Spool:
         self._results = {row.block_id: row.payload for row in rows}
         self._bytes = sum(len(row.payload) for row in rows)
         self._interrupted = dict.fromkeys(interrupted)
-        self._running: set[str] = set()
-        # One operation of a block at a time; each ends with None or the error.
-        self._busy: dict[str, asyncio.Future[SpoolError | None]] = {}
+        # One operation of a block at a time, and who waits for its end: None or the error.
+        self._busy: dict[str, list[asyncio.Future[SpoolError | None]]] = {}
         self._closing: asyncio.Future[None] | None = None
 
     @classmethod
@@ -246,7 +245,6 @@ class Spool:
                 f" {len(payload)} more are beyond the limit of {self._max_bytes}",
             )
         self._bytes += len(payload)
-        self._running.discard(block_id)
 
         def settled(error: SpoolError | None) -> None:
             if error is None:
@@ -272,19 +270,16 @@ class Spool:
             if error is None:
                 self._bytes -= len(self._results.pop(block_id))
 
-        # Where a block runs, its result is about to come and can take this along.
-        urgent = not self._running
-        await self._write(block_id, settled, (DELETE_RESULT, (block_id,)), urgent=urgent)
+        # Nobody waits for it but the next result, which can take it along.
+        await self._write(block_id, settled, (DELETE_RESULT, (block_id,)), urgent=False)
 
     def begin(self, block_id: str) -> None:
         """Note that a block runs; see ``ResultSpool``."""
-        self._running.add(block_id)
         self._note("INSERT OR REPLACE INTO running VALUES (?, ?)", (block_id, self._clock()))
 
     def ended(self, block_id: str) -> None:
         """Note that a block no longer runs; see ``ResultSpool``."""
         self._interrupted.pop(block_id, None)
-        self._running.discard(block_id)
         self._note(_DELETE_RUNNING, (block_id,))
 
     async def close(self) -> None:
@@ -296,8 +291,10 @@ class Spool:
         await asyncio.shield(self._closing)
 
     async def _turn(self, block_id: str) -> None:
-        while (busy := self._busy.get(block_id)) is not None:
-            await asyncio.wait([busy])
+        while (waiting := self._busy.get(block_id)) is not None:
+            waiter = asyncio.get_running_loop().create_future()
+            waiting.append(waiter)
+            await waiter
         self._check_open()
 
     def _check_open(self) -> None:
@@ -316,16 +313,18 @@ class Spool:
         urgent: bool = True,
     ) -> None:
         future: asyncio.Future[SpoolError | None] = asyncio.get_running_loop().create_future()
-        self._busy[block_id] = future
+        waiting = self._busy[block_id] = [future]
 
         def done(error: SpoolError | None) -> None:
+            # Who has stopped waiting has not undone what was on its way to the disk.
             del self._busy[block_id]
             settled(error)
-            future.set_result(error)
+            for waiter in waiting:
+                if not waiter.done():
+                    waiter.set_result(error)
 
         self._writer.put(Operation.awaited(list(statements), done, urgent=urgent))
-        # Shielded: who stops waiting does not undo what is on its way to the disk.
-        error = await asyncio.shield(future)
+        error = await future
         if error is not None:
             raise error
 

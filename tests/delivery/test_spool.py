@@ -22,6 +22,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from ai4all.delivery import group_commit
 from ai4all.delivery.spool import MemorySpool, ResultConflict, ResultSpool, Spool
 from ai4all.errors import SpoolError
 
@@ -273,6 +274,27 @@ async def test_a_note_shares_the_transaction_of_its_result(path: Path) -> None:
         spool.begin("a")
         await spool.commit("a", b"x")
         assert statements.count("COMMIT") == 1
+
+
+async def test_what_is_acknowledged_goes_with_the_next_result(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_commit, "_PATIENT_S", 3600.0)
+    async with Spool.open(path) as spool:
+        await spool.commit("a", b"x")
+        statements: list[str] = []
+        spool._writer._connection.set_trace_callback(statements.append)
+        forgetting = asyncio.ensure_future(spool.forget("a"))
+        await asyncio.sleep(0.05)
+        assert not forgetting.done()
+        await asyncio.gather(forgetting, spool.commit("b", b"y"))
+        assert statements.count("COMMIT") == 1
+        assert spool.pending() == [("b", b"y")]
+        last = asyncio.ensure_future(spool.forget("b"))
+        await asyncio.sleep(0)
+    await last  # Closing waits for nobody.
+    async with Spool.open(path) as spool:
+        assert spool.pending() == []
 
 
 async def test_the_loop_runs_while_the_disk_is_slow(path: Path) -> None:

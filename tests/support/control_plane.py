@@ -1,32 +1,33 @@
-"""A worker and an embedded coordinator in one process, to time what passes between them."""
+"""A worker in this process and a coordinator in another, to time what passes between them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
+import sys
 import time
+from asyncio.subprocess import PIPE
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import load_coordinator
 import structlog
+import ujson
 
 from ai4all import logs
 from ai4all.backend.base import EngineOptions, InferenceBackend
 from ai4all.config import Settings
-from ai4all.coordinator import EmbeddedCoordinator, Event, EventKind, TaskSpec
 from ai4all.delivery.backoff import Attempts, Backoff
 from ai4all.delivery.spool import ResultSpool
 from ai4all.errors import ModelNotFound
 from ai4all.protocol.connection import LinkOptions
-from ai4all.protocol.session import SessionOptions
 from ai4all.types.model import ModelFile
 from ai4all.worker import Worker, WorkerOptions
-
-# A worker that found nothing to do asks again after this long.
-_RETRY_MS = 2
+from ai4all.worker_events import LinkUp, WorkerEvent
 
 
 class OneModel:
@@ -44,16 +45,33 @@ class OneModel:
         return [self.model]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What became of the tasks of one order.
+
+    Attributes:
+        wall_s: From the first assignment to the last acknowledgement.
+        cpu_s: Processor time of the coordinator meanwhile: far below ``wall_s``, or it is the
+            bottleneck.
+        seconds: From assignment to result for each task, as the coordinator saw it.
+        failed: Results without success.
+    """
+
+    wall_s: float
+    cpu_s: float
+    seconds: list[float]
+    failed: int
+
+
 class ControlPlane:
-    """A coordinator and a worker on one event loop, driven from synchronous code.
+    """A worker on an event loop that is driven from synchronous code, and its coordinator.
 
     Args:
-        model: What the worker has.
+        model: What the worker has, under the id that ``load_coordinator`` asks for.
         backend: What it computes with; closed at the end.
         spool: What it keeps results in; closed at the end. Both are made on the loop.
         in_flight: Tasks that it takes at once.
         engine: How to run the model.
-        heartbeat_ms: The heartbeat's interval.
     """
 
     def __init__(
@@ -64,23 +82,18 @@ class ControlPlane:
         *,
         in_flight: int = 1,
         engine: EngineOptions | None = None,
-        heartbeat_ms: int = 10_000,
     ) -> None:
         self.runner = asyncio.Runner()
-        self.seconds: dict[str, float] = {}
-        self._began: dict[str, float] = {}
         self._held = AsyncExitStack()
-        self._registered: asyncio.Event
+        self._coordinator: asyncio.subprocess.Process
         self.backend: InferenceBackend
-        self.coordinator: EmbeddedCoordinator
         options = WorkerOptions(
             worker_id="w-1",
             max_concurrent_tasks=in_flight,
             engine=engine or EngineOptions(n_slots=in_flight),
             preload=model,
-            session=SessionOptions(min_retry=_RETRY_MS / 1000),
         )
-        self.run(self._open(model, backend, spool, options, heartbeat_ms))
+        self.run(self._open(model, backend, spool, options))
 
     async def _open(
         self,
@@ -88,24 +101,31 @@ class ControlPlane:
         backend: Callable[[], InferenceBackend],
         spool: Callable[[], ResultSpool],
         options: WorkerOptions,
-        heartbeat_ms: int,
     ) -> None:
-        self._registered = asyncio.Event()
-        self.coordinator = await self._held.enter_async_context(
-            EmbeddedCoordinator(
-                [],
-                no_work_retry_ms=_RETRY_MS,
-                heartbeat_interval_ms=heartbeat_ms,
-                on_event=self._on_event,
-            )
+        self._coordinator = await asyncio.create_subprocess_exec(
+            sys.executable, load_coordinator.__file__, stdin=PIPE, stdout=PIPE, limit=1 << 24
         )
+        self._held.push_async_callback(self._dismiss, self._coordinator)
+        assert self._coordinator.stdout is not None
+        port = int(await self._coordinator.stdout.readline())
         self.backend = await self._held.enter_async_context(backend())
         await self.backend.load(model, options.engine)
         kept = spool()
         self._held.push_async_callback(kept.close)
-        link = LinkOptions(url=self.coordinator.url)
+        registered = asyncio.Event()
+
+        def observe(event: WorkerEvent) -> None:
+            if isinstance(event, LinkUp):
+                registered.set()
+
         worker = Worker(
-            self.backend, OneModel(model), kept, link, Attempts(Backoff(max_attempts=1)), options
+            self.backend,
+            OneModel(model),
+            kept,
+            LinkOptions(url=f"ws://127.0.0.1:{port}"),
+            Attempts(Backoff(max_attempts=1)),
+            options,
+            observe,
         )
         running = asyncio.ensure_future(worker.run())
 
@@ -114,16 +134,12 @@ class ControlPlane:
             await running
 
         self._held.push_async_callback(stop)
-        await self._registered.wait()
+        await registered.wait()
 
-    def _on_event(self, event: Event) -> None:
-        match event:
-            case Event(kind=EventKind.ASSIGNED, block_id=str(block_id)):
-                self._began[block_id] = event.at
-            case Event(kind=EventKind.DELIVERED, block_id=str(block_id)):
-                self.seconds[block_id] = event.at - self._began.pop(block_id)
-            case Event(kind=EventKind.REGISTERED):
-                self._registered.set()
+    async def _dismiss(self, coordinator: asyncio.subprocess.Process) -> None:
+        assert coordinator.stdin is not None
+        coordinator.stdin.close()
+        await coordinator.wait()
 
     def run(self, work: Awaitable[Any]) -> Any:
         """Run ``work`` on the loop, and meanwhile all the rest."""
@@ -133,25 +149,18 @@ class ControlPlane:
 
         return self.runner.run(waited())
 
-    def add(self, count: int, task_input: dict[str, Any]) -> None:
-        """Queue tasks; the loop does not run."""
+    async def computed(self, count: int, task_input: dict[str, Any]) -> Load:
+        """Have tasks computed, as many at once as the worker takes."""
+        assert self._coordinator.stdin is not None
+        assert self._coordinator.stdout is not None
+        order = ujson.dumps({"count": count, "task_input": task_input})
+        self._coordinator.stdin.write(order.encode() + b"\n")
+        return Load(**ujson.loads(await self._coordinator.stdout.readline()))
 
-        async def add() -> None:
-            for _ in range(count):
-                self.coordinator.add(TaskSpec(input=task_input))
-
-        self.run(add())
-
-    def finish(self) -> list[float]:
-        """Let all tasks be computed.
-
-        Returns:
-            Seconds from assignment to delivery of those that ended since the last call, as the
-            coordinator saw them.
-        """
-        self.run(self.coordinator.finished())
-        seconds, self.seconds = list(self.seconds.values()), {}
-        return seconds
+    def compute(self, count: int, task_input: dict[str, Any]) -> Load:
+        """The same, from outside the loop."""
+        load: Load = self.run(self.computed(count, task_input))
+        return load
 
     def __enter__(self) -> Self:
         return self
@@ -181,14 +190,22 @@ def logging_to_file(data_dir: Path) -> Iterator[None]:
         structlog.reset_defaults()
 
 
-def fsyncs_per_second(directory: Path, payload: bytes = b"x" * 1500) -> float:
-    """Bare ``fsync`` calls, each after a write of ``payload``, on the disk of ``directory``."""
+def fsync_ms(directory: Path, payload: bytes = b"x" * 1500) -> float:
+    """Median milliseconds of a bare ``fsync`` after a write of ``payload``, over written ground.
+
+    SQLite's log is written over in the same way once it has reached its size; appending to a file
+    costs a second write on most file systems.
+    """
     descriptor = os.open(directory / "fsync", os.O_RDWR | os.O_CREAT)
+    seconds = []
     try:
-        started = time.perf_counter()
+        os.pwrite(descriptor, payload * 100, 0)
+        os.fsync(descriptor)
         for n in range(100):
+            started = time.perf_counter()
             os.pwrite(descriptor, payload, n * len(payload))
             os.fsync(descriptor)
-        return 100 / (time.perf_counter() - started)
+            seconds.append(time.perf_counter() - started)
     finally:
         os.close(descriptor)
+    return sorted(seconds)[50] * 1e3
