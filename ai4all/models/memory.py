@@ -58,7 +58,9 @@ _REPACKED = (
     ({"NEON", "DOTPROD"}, {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "MXFP4", "Q8_0"}),
     ({"NEON", "MATMUL_INT8"}, {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q1_0"}),
     ({"AMX_INT8"}, {"Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"}),
+    ({"CPU_INTERLEAVED"}, {"Q4_1", "Q8_0"}),
 )
+_WITHOUT_REPACK = ({"AMX_INT8"}, {"CPU_INTERLEAVED"})
 _ROWS_TOGETHER = {"Q8_0": 4}
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
@@ -370,7 +372,7 @@ def _repacked_types(cpu_features: Collection[str]) -> frozenset[str]:
     features = set(cpu_features)
     types: set[str] = set()
     for needed, found in _REPACKED:
-        if needed <= features and ("REPACK" in features or needed == {"AMX_INT8"}):
+        if needed <= features and ("REPACK" in features or needed in _WITHOUT_REPACK):
             types |= found
     return frozenset(types)
 

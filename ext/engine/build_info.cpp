@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "cpu_layouts.h"
 #include "engine.h"
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -32,6 +33,9 @@ build_info get_build_info() {
                 info.cpu_features.emplace_back(feature->name);
             }
         }
+    }
+    for (std::string & name : cpu_layouts()) {
+        info.cpu_features.push_back(std::move(name));
     }
     return info;
 }

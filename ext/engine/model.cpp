@@ -5,6 +5,7 @@
 #include <new>
 
 #include "common.h"
+#include "cpu_layouts.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 #include "log_sink.h"
@@ -43,6 +44,7 @@ bool call_progress(float share, void * data) {
 loaded_model::loaded_model(const load_params & params, const std::function<bool(float)> & progress,
                            ggml_abort_callback abort, void * abort_data) {
     log_take_errors();
+    cpu_layouts_install();
 
     bool                             given_up = false;
     const std::function<bool(float)> watched  = [&](float share) {
