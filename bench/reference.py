@@ -24,7 +24,7 @@ BUILD = ROOT / "build" / "reference"
 PROGRAMS = ("llama-completion", "llama-bench", "llama-batched-bench", "llama-server")
 
 # Paths of the archive beyond those that the engine needs.
-_MORE_PATHS = ["tools", "app", "licenses"]
+_MORE_PATHS = ["tools", "app"]
 
 
 def _sync_module() -> ModuleType:

@@ -387,6 +387,8 @@ def build_info():
         "sanitize": text_of(info.sanitize),
         "backends": [text_of(name) for name in info.backends],
         "cpu_features": [text_of(name) for name in info.cpu_features],
+        "cpu_variant": text_of(info.cpu_variant),
+        "not_loaded": {text_of(entry.first): text_of(entry.second) for entry in info.not_loaded},
     }
 
 

@@ -179,6 +179,8 @@ cdef extern from "engine.h" namespace "ai4all" nogil:
         string sanitize
         vector[string] backends
         vector[string] cpu_features
+        string cpu_variant
+        vector[pair[string, string]] not_loaded
 
     cdef cppclass engine:
         engine(size_t queue_capacity) except +

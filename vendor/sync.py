@@ -43,10 +43,15 @@ def read_pin() -> dict[str, Any]:
     return tomllib.loads(PIN_FILE.read_text(encoding="utf-8"))
 
 
+def stamp_of(pin: dict[str, Any]) -> str:
+    """What a tree is known by: the archive, and what was kept of it."""
+    return f"{pin['sha256']}\n{' '.join(pin['kept'])}\n"
+
+
 def is_current(pin: dict[str, Any]) -> bool:
     """Whether the tree on disk is the pinned one."""
     stamp = TREE / STAMP
-    return stamp.is_file() and stamp.read_text(encoding="utf-8").strip() == pin["sha256"]
+    return stamp.is_file() and stamp.read_text(encoding="utf-8") == stamp_of(pin)
 
 
 def download(pin: dict[str, Any], folder: Path) -> Path:
@@ -135,7 +140,7 @@ def sync(archive: Path | None, *, force: bool) -> bool:
         check(source, pin["sha256"])
         fresh = folder / "tree"
         unpack(source, pin, fresh)
-        (fresh / STAMP).write_text(pin["sha256"] + "\n", encoding="utf-8")
+        (fresh / STAMP).write_text(stamp_of(pin), encoding="utf-8")
         if TREE.exists():
             shutil.rmtree(TREE)
         fresh.rename(TREE)

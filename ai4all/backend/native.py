@@ -137,13 +137,15 @@ def quantize_file(source: Path, target: Path, type_name: str, threads: int) -> N
 
 
 def engine_build_line() -> str:
-    """The build in one line, such as ``llama.cpp 0c1e570 cpu avx512``."""
+    """The build in one line, such as ``llama.cpp 0c1e570 cpu avx2`` or ``… cpu avx2/haswell``."""
     info = _engine.build_info()
     backends = [name for name in info["backends"] if name != "CPU"]
     backend = ",".join(_BACKEND_NAMES.get(name, name.lower()) for name in backends) or "cpu"
     features = set(info["cpu_features"])
     level = next((f for f in ("AVX512", "AVX2", "AVX", "SVE", "NEON") if f in features), "generic")
-    return f"llama.cpp {info['llama_commit'][:7]} {backend} {level.lower()}"
+    # Where a wheel brings several, the variant of the CPU kernels that was chosen here.
+    variant = f"/{info['cpu_variant']}" if info.get("cpu_variant") else ""
+    return f"llama.cpp {info['llama_commit'][:7]} {backend} {level.lower()}{variant}"
 
 
 def _devices() -> tuple[DeviceInfo, ...]:

@@ -118,11 +118,17 @@ def targets() -> list[TargetStatus]:
     Raises:
         EngineUnavailable: There is no extension to ask.
     """
-    built = set(build_info()["backends"])
+    info = build_info()
+    built = set(info["backends"])
+    not_loaded: dict[str, str] = info.get("not_loaded", {})
     present = {device["backend"] for device in _native().engine_devices()}
     result = []
     for name, keys, option in _TARGETS:
-        if not built.intersection(keys):
+        why = next((not_loaded[key.lower()] for key in keys if key.lower() in not_loaded), None)
+        if why is not None:
+            why = f"built in, but it could not be loaded: {why}"
+            result.append(TargetStatus(name, built=True, available=False, reason=why))
+        elif not built.intersection(keys):
             how = f"not in this build; rebuild with `pip install . -C cmake.define.{option}=ON`"
             result.append(TargetStatus(name, built=False, available=False, reason=how))
         elif not present.intersection(keys):

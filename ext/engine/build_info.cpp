@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "backends.h"
 #include "cpu_layouts.h"
 #include "engine.h"
 #include "ggml-backend.h"
@@ -11,6 +12,7 @@ namespace ai4all {
 
 build_info get_build_info() {
     log_install();
+    load_backends();
     build_info info;
     info.llama_commit = AI4ALL_LLAMA_COMMIT;
     if (info.llama_commit.empty()) {
@@ -20,6 +22,8 @@ build_info get_build_info() {
     info.compiler     = AI4ALL_COMPILER;
     info.build_type   = AI4ALL_BUILD_TYPE;
     info.sanitize     = AI4ALL_SANITIZE;
+    info.cpu_variant  = cpu_variant();
+    info.not_loaded   = backends_not_loaded();
     for (size_t i = 0; i < ggml_backend_reg_count(); ++i) {
         ggml_backend_reg_t reg = ggml_backend_reg_get(i);
         info.backends.emplace_back(ggml_backend_reg_name(reg));
@@ -42,6 +46,7 @@ build_info get_build_info() {
 
 std::vector<device_info> get_devices() {
     log_install();
+    load_backends();
     std::vector<device_info> devices;
     for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
         ggml_backend_dev_t     dev = ggml_backend_dev_get(i);

@@ -7,6 +7,7 @@
 
 #include <chrono>
 
+#include "backends.h"
 #include "engine_impl.h"
 #include "log_sink.h"
 
@@ -74,6 +75,7 @@ void engine::impl::cancel(uint64_t id) noexcept {
 
 engine::engine(size_t queue_capacity) : impl_(std::make_unique<impl>(queue_capacity)) {
     log_install();
+    load_backends();
     llama_backend_init();
     // Signals belong to the caller's threads; the engine's, and all that it makes, take none.
     sigset_t all;

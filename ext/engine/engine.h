@@ -197,6 +197,9 @@ struct build_info {
     std::string              sanitize;
     std::vector<std::string> backends;
     std::vector<std::string> cpu_features;
+    std::string              cpu_variant;  // of several in this build ("haswell"); empty: there is one
+    // Backends that were built but could not be loaded here, and why.
+    std::vector<std::pair<std::string, std::string>> not_loaded;
 };
 
 class engine {

@@ -1,5 +1,6 @@
 #include <new>
 
+#include "backends.h"
 #include "engine.h"
 #include "llama.h"
 #include "log_sink.h"
@@ -25,6 +26,7 @@ constexpr named_type types[] = {
 
 void quantize(const std::string & source, const std::string & target, const std::string & type, int32_t n_threads) {
     log_install();
+    load_backends();
     llama_backend_init();
     llama_model_quantize_params params = llama_model_quantize_default_params();
     params.nthread                     = n_threads;

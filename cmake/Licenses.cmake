@@ -1,0 +1,31 @@
+# What is linked in brings its licence along: into ai4all/licenses of the wheel.
+
+set(_licenses "${CMAKE_CURRENT_BINARY_DIR}/licenses")
+file(MAKE_DIRECTORY "${_licenses}")
+foreach(_entry IN ITEMS "LICENSE|llama.cpp" "licenses/LICENSE-jsonhpp|nlohmann-json" "vendor/cpp-httplib/LICENSE|cpp-httplib")
+  string(REPLACE "|" ";" _entry "${_entry}")
+  list(GET _entry 0 _from)
+  list(GET _entry 1 _name)
+  if(EXISTS "${_llama_dir}/${_from}")
+    configure_file("${_llama_dir}/${_from}" "${_licenses}/${_name}.txt" COPYONLY)
+  endif()
+endforeach()
+
+# These say it only in a comment of the source.
+set(_sgemm "${_llama_dir}/ggml/src/ggml-cpu/llamafile/sgemm.cpp")
+if(EXISTS "${_sgemm}")
+  file(READ "${_sgemm}" _text LIMIT 4096)
+  string(REGEX MATCH "^(//[^\n]*\n)+" _text "${_text}")
+  string(REGEX REPLACE "\n//[ ]?" "\n" _text "\n${_text}")
+  string(STRIP "${_text}" _text)
+  file(WRITE "${_licenses}/llamafile.txt" "${_text}\n")
+endif()
+set(_ops "${_llama_dir}/ggml/src/ggml-cpu/ops.cpp")
+if(EXISTS "${_ops}")
+  file(STRINGS "${_ops}" _lines REGEX "YaRN algorithm based on|MIT licensed\\. Copyright")
+  string(REPLACE "// " "" _lines "${_lines}")
+  string(REPLACE ";" "\n" _lines "${_lines}")
+  file(WRITE "${_licenses}/yarn.txt" "${_lines}\n")
+endif()
+
+install(DIRECTORY "${_licenses}/" DESTINATION ai4all/licenses COMPONENT ai4all FILES_MATCHING PATTERN "*.txt")
