@@ -2,7 +2,7 @@
 
 #include "ggml-backend.h"
 #ifdef AI4ALL_KERNELS
-#    include "interleaved.h"
+#include "interleaved.h"
 #endif
 
 namespace ai4all {

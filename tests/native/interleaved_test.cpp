@@ -83,9 +83,9 @@ static std::vector<float> product(const shape & s, const numbers & from, ggml_ba
     ggml_tensor *         w     = ggml_new_tensor_2d(held, s.type, s.k, s.rows);
     ggml_backend_buffer_t store = ggml_backend_alloc_ctx_tensors_from_buft(held, layout);
     CHECK(store);
-    ggml_tensor *         x     = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, s.k, s.columns, s.planes);
-    ggml_tensor *         y     = ggml_mul_mat(ctx, w, x);
-    ggml_backend_buffer_t rest  = ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_cpu_buffer_type());
+    ggml_tensor *         x    = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, s.k, s.columns, s.planes);
+    ggml_tensor *         y    = ggml_mul_mat(ctx, w, x);
+    ggml_backend_buffer_t rest = ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_cpu_buffer_type());
     CHECK(rest);
     ggml_backend_tensor_set(w, from.weights.data(), 0, from.weights.size());
     ggml_backend_tensor_set(x, from.activations.data(), 0, ggml_nbytes(x));
@@ -120,7 +120,7 @@ static void agree(const shape & s, std::mt19937 & random) {
     for (size_t i = 0; i < ours.size(); ++i) {
         if (!(std::abs(ours[i] - theirs[i]) <= 1e-4 * typical)) {
             std::fprintf(stderr, "%s k=%d rows=%d columns=%d planes=%d threads=%d: [%zu] %g, not %g\n",
-                         ggml_type_name(s.type), (int) s.k, (int) s.rows, (int) s.columns, (int) s.planes, s.n_threads, i,
+                         ggml_type_name(s.type), (int)s.k, (int)s.rows, (int)s.columns, (int)s.planes, s.n_threads, i,
                          ours[i], theirs[i]);
             std::exit(1);
         }
@@ -128,12 +128,12 @@ static void agree(const shape & s, std::mt19937 & random) {
 }
 
 static void unfit_shapes_stay_with_ggml() {
-    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    const auto offered     = [&](ggml_type type, int64_t rows, bool lookup) {
+    ggml_backend_dev_t cpu     = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    const auto         offered = [&](ggml_type type, int64_t rows, bool lookup) {
         ggml_context * ctx = new_context();
         ggml_tensor *  w   = ggml_new_tensor_2d(ctx, type, 64, rows);
-        ggml_tensor *  op  = lookup ? ggml_get_rows(ctx, w, ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 3)) :
-                                      ggml_mul_mat(ctx, w, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 64, 3));
+        ggml_tensor *  op  = lookup ? ggml_get_rows(ctx, w, ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 3))
+                                    : ggml_mul_mat(ctx, w, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 64, 3));
         w->buffer          = ggml_backend_buft_alloc_buffer(interleaved(), 0);
         const bool is      = ggml_backend_dev_supports_op(cpu, op);
         ggml_backend_buffer_free(w->buffer);
