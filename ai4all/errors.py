@@ -3,6 +3,7 @@
     Ai4allError
     ├── ConfigError (ValueError)            a key or value in file, variable or flag
     ├── DataDirectoryError (OSError)        the data directory cannot be used
+    │   └── DataDirectoryInUse              another process works in it
     ├── ModelError
     │   ├── ModelNotFound (LookupError)     ── code model_not_found
     │   ├── ModelSourceError (OSError)      a download that failed
@@ -51,6 +52,7 @@ __all__ = [
     "ConfigError",
     "ContextOverflow",
     "DataDirectoryError",
+    "DataDirectoryInUse",
     "DeadlineExceeded",
     "EngineBusy",
     "EngineClosed",
@@ -113,6 +115,20 @@ class DataDirectoryError(Ai4allError, OSError):
 
     def __str__(self) -> str:
         return f"data directory {self.path}: {self.problem}"
+
+
+class DataDirectoryInUse(DataDirectoryError):
+    """Another process works in the data directory.
+
+    Attributes:
+        holder: Which one, in words.
+    """
+
+    def __init__(self, path: object, holder: str) -> None:
+        super().__init__(
+            path, f"in use by {holder}; stop it, or name another directory with --data-dir"
+        )
+        self.holder = holder
 
 
 # Blocks that could not be computed.

@@ -20,6 +20,7 @@ from ai4all.backend import registry
 from ai4all.cli import app
 from ai4all.commands.failure import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE
 from ai4all.config import Settings, explain
+from ai4all.data_dir_lock import LOCK_FILE
 from ai4all.first_run import DIRECTORIES, MARKER, WORKER_ID
 from ai4all.logs import LOG_FILE
 
@@ -184,7 +185,14 @@ def test_settings_and_variables_in_the_text_exist(document: Path) -> None:
 
 def test_the_data_directory_is_drawn_in_full() -> None:
     text = text_of("docs/operating.md").partition("## What is stored")[2].partition("\n## ")[0]
-    for name in (MARKER, WORKER_ID, LOG_FILE, "config.toml", *(f"{each}/" for each in DIRECTORIES)):
+    for name in (
+        MARKER,
+        WORKER_ID,
+        LOCK_FILE,
+        LOG_FILE,
+        "config.toml",
+        *(f"{each}/" for each in DIRECTORIES),
+    ):
         assert f"\n{name}" in text or f"/{name} " in text, name
 
 

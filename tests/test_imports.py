@@ -33,6 +33,7 @@ ROOM_OF_FILE = {
     "self_description": "worker",
     "tasks": "worker",
     "commands": "cli",
+    "data_dir_lock": "first_run",
 }
 STOREY_OF = {room: number for number, rooms in enumerate(STOREYS) for room in rooms}
 

@@ -22,6 +22,7 @@ from ai4all.commands.environment import (
 from ai4all.commands.measure import measure
 from ai4all.commands.station import prepare_station
 from ai4all.config import Settings
+from ai4all.data_dir_lock import hold_data_dir
 from ai4all.first_run import prepare_data_dir
 
 __all__ = ["print_result", "run_benchmark"]
@@ -50,12 +51,14 @@ def run_benchmark(
         ConfigError: The settings are wrong.
         ModelError: The model cannot be had.
         ComputeError: It could not be computed.
-        DataDirectoryError: The result could not be kept.
+        DataDirectoryError: The result could not be kept, or another process works in there.
     """
     settings = read_settings(config, data_dir, worker__model=model)
     prepare_data_dir(settings.data_dir)
     log_to_terminal(settings)
-    result = asyncio.run(_benchmark(environment, settings, tune_again=tune_again))
+    # Beside a worker of the same directory the figures would be of half a machine.
+    with hold_data_dir(settings.data_dir, "benchmark"):
+        result = asyncio.run(_benchmark(environment, settings, tune_again=tune_again))
     store = BenchmarkStore(settings.data_dir)
     if as_json:
         previous = store.previous(result.key)

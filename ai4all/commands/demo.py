@@ -23,6 +23,7 @@ from ai4all.commands.failure import EXIT_FAILURE
 from ai4all.commands.station import Station, prepare_station
 from ai4all.config import Settings
 from ai4all.coordinator import EmbeddedCoordinator, Outcome, TaskSpec
+from ai4all.data_dir_lock import hold_data_dir
 from ai4all.delivery.backoff import Attempts, Backoff
 from ai4all.delivery.spool import MemorySpool
 from ai4all.errors import LinkError
@@ -58,7 +59,7 @@ def run_demo(
 
     Raises:
         ConfigError: The settings are wrong.
-        DataDirectoryError: The data directory cannot be used.
+        DataDirectoryError: The data directory cannot be used, or another process works in it.
         ModelError: A model cannot be had.
         typer.Exit: With status 1, when a block was not computed or not accepted.
     """
@@ -67,7 +68,8 @@ def run_demo(
     )
     prepare_data_dir(settings.data_dir)
     log_to_terminal(settings)
-    document = asyncio.run(_demo(environment, settings, tasks, as_json=as_json))
+    with hold_data_dir(settings.data_dir, "demo"):
+        document = asyncio.run(_demo(environment, settings, tasks, as_json=as_json))
     if as_json:
         print_json(document)
     if not all(row["accepted"] and row["success"] for row in document["results"]):

@@ -12,6 +12,7 @@ from ai4all.commands.environment import Environment, read_settings, stderr_conso
 from ai4all.commands.signals import on_stop_signals
 from ai4all.commands.station import prepare_station
 from ai4all.config import Settings
+from ai4all.data_dir_lock import hold_data_dir
 from ai4all.delivery.backoff import Attempts, Backoff
 from ai4all.delivery.spool import Spool
 from ai4all.errors import ConfigError
@@ -40,7 +41,7 @@ def run_worker(
 
     Raises:
         ConfigError: The settings are wrong, or no coordinator is set.
-        DataDirectoryError: The data directory cannot be used.
+        DataDirectoryError: The data directory cannot be used, or another process works in it.
         ModelError: A model cannot be had.
         LinkError: The link failed for good.
         SpoolError: Results cannot be kept.
@@ -55,8 +56,9 @@ def run_worker(
     # All that can be wrong with the settings shows before anything is downloaded.
     link = link_options(settings)
     prepare_data_dir(settings.data_dir)
-    configure_logging(settings)
-    asyncio.run(_run_until_stopped(environment, settings, link))
+    with hold_data_dir(settings.data_dir, "worker"):
+        configure_logging(settings)
+        asyncio.run(_run_until_stopped(environment, settings, link))
 
 
 async def _run_until_stopped(

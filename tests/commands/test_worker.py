@@ -9,7 +9,7 @@ import pytest
 import ujson
 from command_line import Cli, fake_command
 
-from ai4all.coordinator import EmbeddedCoordinator, EventKind, TaskSpec
+from ai4all.coordinator import EmbeddedCoordinator, Event, EventKind, TaskSpec
 
 
 @pytest.mark.parametrize(
@@ -153,3 +153,37 @@ async def test_a_signal_during_the_first_run_ends_it_with_0_and_the_next_start_g
     assert await again.wait() == 0
     assert (data_dir / ".initialized").exists()
     assert (data_dir / "worker_id").read_text() == before
+
+
+async def test_a_second_worker_is_refused_until_the_first_is_dead(
+    data_dir: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ai4all.data_dir_lock._PATIENCE_S", 0.0)
+    registered = asyncio.Event()
+    delivered = asyncio.Event()
+
+    def watch(event: Event) -> None:
+        if event.kind is EventKind.REGISTERED:
+            registered.set()
+        if event.kind is EventKind.DELIVERED:
+            delivered.set()
+
+    async with EmbeddedCoordinator([], on_event=watch) as coordinator:
+        arguments = ("worker", "--coordinator", coordinator.url)
+        first = await asyncio.create_subprocess_exec(
+            *fake_command(*arguments), stderr=asyncio.subprocess.DEVNULL
+        )
+        await registered.wait()
+        for command in (arguments, ("demo",), ("benchmark",)):
+            done = await asyncio.to_thread(cli, *command)
+            assert done.status == 1
+            assert f"in use by process {first.pid}, worker since" in done.error_line
+        first.kill()
+        await first.wait()
+        second = await asyncio.create_subprocess_exec(
+            *fake_command(*arguments), stderr=asyncio.subprocess.DEVNULL
+        )
+        coordinator.add(TaskSpec(input={"prompt": "x", "max_tokens": 4}))
+        await delivered.wait()
+        second.terminate()
+        assert await second.wait() == 0
