@@ -20,15 +20,13 @@ import structlog
 
 from ai4all.backend.base import EngineOptions, InferenceBackend
 from ai4all.blocks import Block, ModelGate, ModelSource, as_compute_error, run_block
-from ai4all.delivery.spool import ResultConflict, ResultSpool
+from ai4all.delivery.spool import ResultSpool
 from ai4all.errors import (
     Ai4allError,
-    BadRequest,
     Cancelled,
     ComputeError,
     Preempted,
     ShuttingDown,
-    SpoolError,
 )
 from ai4all.protocol.connection import Connection, LinkOptions, ReconnectPolicy
 from ai4all.protocol.events import (
@@ -62,7 +60,8 @@ from ai4all.protocol.messages import (
 from ai4all.protocol.session import Session, SessionOptions
 from ai4all.self_description import describe_worker
 from ai4all.types.model import ModelFile
-from ai4all.types.task import BlockMetrics, ErrorCode, TaskResult
+from ai4all.types.task import TaskResult
+from ai4all.worker_delivery import Delivery, never_begun
 from ai4all.worker_events import (
     BlockAcknowledged,
     BlockFinished,
@@ -93,9 +92,6 @@ _LAST_ACKNOWLEDGEMENTS_S: Final = 3.0
 
 # How long an engine may take to let go of what was cancelled.
 _LAST_CANCELLATION_S: Final = 3.0
-
-# After a failure to keep a result, one new block is tried after this long.
-_SPOOL_RETRY_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,15 +169,14 @@ class Worker:
             envelope=new_envelope,
             options=options.session,
         )
-        self._max_frame = min(link.max_size, options.session.limits.max_bytes)
+        max_frame = min(link.max_size, options.session.limits.max_bytes)
+        self._delivery = Delivery(spool, self._session, max_frame, self._go_on)
         self._connection = Connection(self._session, link, policy, self._on_event)
         self._is_up = False
         self._stop_requests = 0
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         self._all_acknowledged = asyncio.Event()
-        self._spool_problem: str | None = None
-        self._spool_failed_at = 0.0
 
     def _describe(self) -> WorkerCapabilities:
         return describe_worker(
@@ -201,7 +196,7 @@ class Worker:
             LinkError: The link failed for good.
             ConfigError: The coordinator cannot be reached as configured.
         """
-        self._take_over()
+        self._delivery.take_over()
         if self._options.preload is not None:
             self._spawn(self._preload(self._options.preload))
         link = asyncio.ensure_future(self._connection.run())
@@ -229,19 +224,6 @@ class Worker:
     def session(self) -> Session:
         """The session, to look at."""
         return self._session
-
-    def _take_over(self) -> None:
-        """Take over what an earlier process left."""
-        pending = self._spool.pending()
-        self._session.restore_results(
-            (block_id, payload.decode("utf-8")) for block_id, payload in pending
-        )
-        if pending:
-            _log.info("results_pending", count=len(pending))
-        for block_id in self._spool.interrupted:
-            # Nothing of it is left. The coordinator learns so from ``Reconcile`` or its deadline.
-            _log.warning("block_lost_in_restart", block_id=block_id)
-            self._spool.ended(block_id)
 
     async def _wind_down(self) -> None:
         """Let running blocks finish, hand back those that do not, and leave politely."""
@@ -285,7 +267,7 @@ class Worker:
         await self._settle(tasks)
         await self._gate.close()
         # Results that are acknowledged are forgotten before the spool is closed.
-        await self._settle(self._background)
+        await self._settle({*self._background, asyncio.ensure_future(self._delivery.close())})
 
     async def _settle(self, tasks: set[asyncio.Task[None]]) -> None:
         # An engine that hangs may not answer to cancellation either; the exit does not wait for it.
@@ -315,7 +297,7 @@ class Worker:
                 self._take(Block.received(assignment))
             case AssignmentUnfit(block_id, error):
                 _log.warning("assignment_unfit", block_id=block_id, code=error.code.value)
-                self._spawn(self._answer(block_id, _never_begun(error)))
+                self._spawn(self._answer(block_id, never_begun(error)))
             case ResultAcknowledged(block_id, accepted, error_text):
                 self._on_acknowledged(block_id, accepted, error_text)
             case HeartbeatDue():
@@ -343,7 +325,7 @@ class Worker:
         else:
             _log.warning("result_refused", block_id=block_id, reason=error)
         self._observe(BlockAcknowledged(block_id, accepted, error))
-        self._spawn(self._forget(block_id))
+        self._delivery.acknowledged(block_id)
         self._note_acknowledged()
 
     def _note_acknowledged(self) -> None:
@@ -353,17 +335,14 @@ class Worker:
             self._all_acknowledged.clear()
 
     def _on_heartbeat_due(self) -> None:
-        now = time.monotonic()
-        if self._spool_problem is not None and now - self._spool_failed_at >= _SPOOL_RETRY_S:
-            self._spool_problem = None
         if not self._session.is_registered:
             return
         usage = self._backend.resource_usage()
         self._session.send_heartbeat(self._status(), ResourceUsage(**asdict(usage)))
 
     def _status(self) -> WorkerStatus:
-        if self._spool_problem is not None:
-            return ErrorStatus(Error=ErrorDetail(message=self._spool_problem))
+        if self._delivery.problem is not None:
+            return ErrorStatus(Error=ErrorDetail(message=self._delivery.problem))
         # The first protocol can name one block; the oldest is the one most asked for.
         for block in self._blocks.values():
             return working(block.block_id, block.progress)
@@ -375,23 +354,29 @@ class Worker:
         free = self._options.max_concurrent_tasks - len(self._blocks)
         while (
             not self._stopping.is_set()
-            and self._spool_problem is None
+            and self._delivery.problem is None
             and session.may_request_work
             and session.outstanding_requests < free
         ):
             session.send_request_work(self._connection.now())
+
+    def _go_on(self) -> None:
+        self._ask()
+        self._connection.flush()
 
     # One block.
 
     def _take(self, block: Block) -> None:
         if self._stopping.is_set():
             refusal: ComputeError = ShuttingDown("the worker is stopping")
+        elif self._delivery.problem is not None:
+            refusal = Preempted(f"results cannot be kept here: {self._delivery.problem}")
         elif len(self._blocks) >= 2 * self._options.max_concurrent_tasks:
             # One block a slot may wait: a request that was asked twice is answered twice.
             refusal = Preempted("all slots are taken, and as many blocks wait")
         else:
             self._blocks[block.block_id] = block
-            self._spool.begin(block.block_id)
+            self._spool.begin(block.block_id, block.assignment.deadline.timestamp())
             block.task = asyncio.ensure_future(self._run(block))
             return
         self._spawn(self._answer(block.block_id, block.failed(refusal)))
@@ -422,11 +407,10 @@ class Worker:
             )
             await self._answer(block.block_id, result, begun=block.started_at is not None)
         except Exception as exc:  # noqa: BLE001 - a result that cannot be sent is one more fault.
-            await self._submit(block.block_id, block.failed(as_compute_error(exc)))
+            await self._delivery.submit(block.block_id, block.failed(as_compute_error(exc)))
         finally:
             self._blocks.pop(block.block_id, None)
-        self._ask()
-        self._connection.flush()
+        self._go_on()
 
     async def _answer(self, block_id: str, result: TaskResult, *, begun: bool = False) -> None:
         """Deliver what became of a block: refused where that can be said, else as a result."""
@@ -440,48 +424,9 @@ class Worker:
         )
         self._observe(BlockFinished(block_id, result))
         if error is not None and not begun and self._session.send_decline(block_id, error):
-            self._spool.ended(block_id)
+            self._delivery.declined(block_id)
         else:
-            await self._submit(block_id, result)
-        self._connection.flush()
-
-    async def _submit(self, block_id: str, result: TaskResult) -> None:
-        frame = self._session.result_frame(block_id, result)
-        payload = frame.encode("utf-8")
-        if len(payload) > self._max_frame:
-            # The coordinator would close the link on it, again after every reconnect.
-            too_long = BadRequest(
-                f"the result has {len(payload)} bytes, a message at most {self._max_frame}; "
-                "ask for fewer tokens"
-            )
-            frame = self._session.result_frame(block_id, _never_begun(too_long))
-            payload = frame.encode("utf-8")
-        if result.error is not None and result.error.code is ErrorCode.SHUTTING_DOWN:
-            # Good for this connection only: after a restart the block is long someone else's.
-            self._spool.ended(block_id)
-            self._session.send_result(block_id, frame)
-            return
-        try:
-            await self._spool.commit(block_id, payload)
-        except ResultConflict:
-            # One block, one result: the first one that was kept is the one that counts.
-            frame = dict(self._spool.pending())[block_id].decode("utf-8")
-        except SpoolError as exc:
-            # Still sent from memory, but no new work until results can be kept again.
-            _log.error("result_not_kept", block_id=block_id, error=str(exc))
-            self._spool_problem = str(exc)
-            self._spool_failed_at = time.monotonic()
-        self._session.send_result(block_id, frame)
-
-    async def _forget(self, block_id: str) -> None:
-        try:
-            await self._spool.forget(block_id)
-        except SpoolError as exc:
-            # It will be sent once more after a restart, and the coordinator drops repeats.
-            _log.warning("result_not_forgotten", block_id=block_id, error=str(exc))
-            return
-        self._spool_problem = None
-        self._ask()
+            await self._delivery.submit(block_id, result)
         self._connection.flush()
 
 
@@ -511,15 +456,6 @@ class _ProgressStream:
         """The held text is on its way."""
         self._held.clear()
         self._sent_at = time.monotonic()
-
-
-def _never_begun(error: ComputeError) -> TaskResult:
-    return TaskResult(
-        success=False,
-        output=None,
-        error=error.info(),
-        metrics=BlockMetrics(queue_time_ms=0.0, execution_time_ms=0.0, total_time_ms=0.0),
-    )
 
 
 def _note(event: SessionEvent) -> None:

@@ -23,9 +23,20 @@ from typing import Any
 
 from ai4all.errors import SpoolError
 
-__all__ = ["Contents", "DELETE_RESULT", "INSERT_RESULT", "Recovery", "Row", "open_file", "problem"]
+__all__ = [
+    "Contents",
+    "DELETE_RESULT",
+    "DELETE_RUNNING",
+    "INSERT_RESULT",
+    "INSERT_RUNNING",
+    "Recovery",
+    "Row",
+    "Running",
+    "open_file",
+    "problem",
+]
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SCHEMA = (
     """CREATE TABLE results (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -34,9 +45,21 @@ _SCHEMA = (
         sha256 BLOB NOT NULL,
         committed_at REAL NOT NULL
     )""",
-    "CREATE TABLE running (block_id TEXT PRIMARY KEY, begun_at REAL NOT NULL) WITHOUT ROWID",
+    """CREATE TABLE running (
+        block_id TEXT PRIMARY KEY,
+        begun_at REAL NOT NULL,
+        deadline REAL
+    ) WITHOUT ROWID""",
     f"PRAGMA user_version = {_SCHEMA_VERSION}",
 )
+# What ran under the first version has no deadline that is known, and is nobody's any more.
+_FROM_VERSION_1 = (
+    "ALTER TABLE running ADD COLUMN deadline REAL",
+    "UPDATE running SET deadline = begun_at",
+    f"PRAGMA user_version = {_SCHEMA_VERSION}",
+)
+INSERT_RUNNING = "INSERT OR REPLACE INTO running (block_id, begun_at, deadline) VALUES (?, ?, ?)"
+DELETE_RUNNING = "DELETE FROM running WHERE block_id = ?"
 INSERT_RESULT = "INSERT INTO results (block_id, payload, sha256, committed_at) VALUES (?, ?, ?, ?)"
 DELETE_RESULT = "DELETE FROM results WHERE block_id = ?"
 
@@ -56,6 +79,22 @@ class Row:
         """The columns of ``INSERT_RESULT``."""
         digest = hashlib.sha256(self.payload).digest()
         return (self.block_id, self.payload, digest, self.committed_at)
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A block that ran: when it was begun, and until when it is wanted from here, if that is known.
+
+    Both are seconds since the epoch.
+    """
+
+    block_id: str
+    begun_at: float
+    deadline: float | None
+
+    def values(self) -> tuple[str, float, float | None]:
+        """The columns of ``INSERT_RUNNING``."""
+        return (self.block_id, self.begun_at, self.deadline)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +120,7 @@ class Contents:
     """What a file holds: results in commit order, and blocks that were running."""
 
     rows: tuple[Row, ...]
-    running: tuple[str, ...]
+    running: tuple[Running, ...]
 
 
 class _Damaged(Exception):
@@ -207,9 +246,8 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     connection.execute("PRAGMA journal_size_limit = 4194304")
     # Also takes the lock, before anything is believed.
     connection.execute("BEGIN IMMEDIATE")
-    if version == 0:
-        for statement in _SCHEMA:
-            connection.execute(statement)
+    for statement in {0: _SCHEMA, 1: _FROM_VERSION_1}.get(version, ()):
+        connection.execute(statement)
     connection.execute("COMMIT")
 
 
@@ -224,8 +262,10 @@ def _read(connection: sqlite3.Connection) -> Contents:
         if hashlib.sha256(payload).digest() != digest:
             raise _Damaged("a result does not match its hash")
         rows.append(Row(block_id, payload, committed_at))
-    running = connection.execute("SELECT block_id FROM running ORDER BY begun_at").fetchall()
-    return Contents(tuple(rows), tuple(block_id for (block_id,) in running))
+    running = connection.execute(
+        "SELECT block_id, begun_at, deadline FROM running ORDER BY begun_at"
+    ).fetchall()
+    return Contents(tuple(rows), tuple(Running(*columns) for columns in running))
 
 
 def _recover(path: Path, damage: str) -> Recovery:
@@ -253,10 +293,10 @@ def _copy(source: Path, target: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _salvage(path: Path) -> tuple[list[Row], list[str], int]:
+def _salvage(path: Path) -> tuple[list[Row], list[Running], int]:
     """Read what can be read: from the front up to the damage, then from the back down to it."""
     found: dict[int, Row] = {}
-    running: dict[str, None] = {}
+    running: dict[str, Running] = {}
     bad: set[int] = set()
     with contextlib.closing(_connect(path)) as connection:
         for order in ("ASC", "DESC"):
@@ -269,14 +309,18 @@ def _salvage(path: Path) -> tuple[list[Row], list[str], int]:
                     found[seq] = Row(block_id, payload, committed_at)
                 else:
                     bad.add(seq)
-            for (block_id,) in _readable(
-                connection, f"SELECT block_id FROM running ORDER BY block_id {order}"
+            # All columns: a file of the first version has one less.
+            for block_id, begun_at, *rest in _readable(
+                connection, f"SELECT * FROM running ORDER BY block_id {order}"
             ):
-                if isinstance(block_id, str):
-                    running[block_id] = None
+                deadline = rest[0] if rest else begun_at
+                if isinstance(block_id, str) and isinstance(begun_at, float):
+                    until = deadline if isinstance(deadline, float) else None
+                    running[block_id] = Running(block_id, begun_at, until)
     # A damaged tree can show one row twice.
     unique = {found[seq].block_id: found[seq] for seq in sorted(found)}
-    return list(unique.values()), [b for b in running if b not in unique], len(bad)
+    left = [each for block_id, each in running.items() if block_id not in unique]
+    return list(unique.values()), left, len(bad)
 
 
 def _readable(connection: sqlite3.Connection, query: str) -> Iterator[tuple[Any, ...]]:
@@ -293,7 +337,7 @@ def _is_whole(block_id: object, payload: object, digest: object, committed_at: o
     )
 
 
-def _write_salvaged(path: Path, rows: Iterable[Row], running: Iterable[str]) -> None:
+def _write_salvaged(path: Path, rows: Iterable[Row], running: Iterable[Running]) -> None:
     unfinished = _beside(path, ".salvage-unfinished")
     unfinished.unlink(missing_ok=True)
     _create(unfinished)
@@ -303,9 +347,7 @@ def _write_salvaged(path: Path, rows: Iterable[Row], running: Iterable[str]) -> 
         for statement in _SCHEMA:
             connection.execute(statement)
         connection.executemany(INSERT_RESULT, (row.values() for row in rows))
-        connection.executemany(
-            "INSERT INTO running VALUES (?, ?)", ((block_id, time.time()) for block_id in running)
-        )
+        connection.executemany(INSERT_RUNNING, (each.values() for each in running))
         connection.execute("COMMIT")
     unfinished.rename(_beside(path, ".salvaged"))
     _sync_directory(path)

@@ -22,9 +22,12 @@ import structlog
 from ai4all.delivery.group_commit import Operation, Writer, call_on
 from ai4all.delivery.results_file import (
     DELETE_RESULT,
+    DELETE_RUNNING,
     INSERT_RESULT,
+    INSERT_RUNNING,
     Recovery,
     Row,
+    Running,
     open_file,
     problem,
 )
@@ -83,15 +86,23 @@ class ResultSpool(Protocol):
     def has(self, block_id: str) -> bool:
         """Whether a result for the block is kept here."""
 
-    def begin(self, block_id: str) -> None:
-        """Note that a block runs. Not waited for: losing the note costs a lease, not a result."""
+    def begin(self, block_id: str, deadline: float | None = None) -> None:
+        """Note that a block runs. Not waited for: losing the note costs a lease, not a result.
+
+        Args:
+            block_id: The block.
+            deadline: When its coordinator no longer waits for it, in seconds since the epoch.
+        """
 
     def ended(self, block_id: str) -> None:
         """Note that a block no longer runs, and left no result."""
 
     @property
     def interrupted(self) -> tuple[str, ...]:
-        """Blocks that ran when the process before this one ended, and have not ended since."""
+        """Blocks that ran when the process before this one ended, and have not ended since.
+
+        Without those whose deadline had passed by then: nobody waits for them.
+        """
 
     @property
     def bytes_used(self) -> int:
@@ -170,6 +181,12 @@ class Spool:
             expired = len(contents.rows) - len(rows)
             if expired:
                 connection.execute("DELETE FROM results WHERE committed_at < ?", (oldest,))
+            lapsed = [
+                each.block_id
+                for each in contents.running
+                if each.deadline is not None and each.deadline <= clock()
+            ]
+            connection.executemany(DELETE_RUNNING, ((block_id,) for block_id in lapsed))
         except sqlite3.Error as exc:
             connection.close()
             raise SpoolError(path, problem(exc)) from exc
@@ -183,11 +200,13 @@ class Spool:
             )
         if expired:
             _log.warning("spool_expired", results=expired, keep_days=keep_days)
+        for block_id in lapsed:
+            _log.warning("block_lost_in_restart", block_id=block_id, handed_back=False)
         return cls(
             path,
             Writer(path, connection),
             rows=rows,
-            interrupted=contents.running,
+            interrupted=[b.block_id for b in contents.running if b.block_id not in lapsed],
             max_bytes=max_bytes,
             recovery=recovery,
             expired=expired,
@@ -257,7 +276,7 @@ class Spool:
             block_id,
             settled,
             (INSERT_RESULT, Row(block_id, payload, self._clock()).values()),
-            (_DELETE_RUNNING, (block_id,)),
+            (DELETE_RUNNING, (block_id,)),
         )
 
     async def forget(self, block_id: str) -> None:
@@ -273,14 +292,14 @@ class Spool:
         # Nobody waits for it but the next result, which can take it along.
         await self._write(block_id, settled, (DELETE_RESULT, (block_id,)), urgent=False)
 
-    def begin(self, block_id: str) -> None:
+    def begin(self, block_id: str, deadline: float | None = None) -> None:
         """Note that a block runs; see ``ResultSpool``."""
-        self._note("INSERT OR REPLACE INTO running VALUES (?, ?)", (block_id, self._clock()))
+        self._note(INSERT_RUNNING, Running(block_id, self._clock(), deadline).values())
 
     def ended(self, block_id: str) -> None:
         """Note that a block no longer runs; see ``ResultSpool``."""
         self._interrupted.pop(block_id, None)
-        self._note(_DELETE_RUNNING, (block_id,))
+        self._note(DELETE_RUNNING, (block_id,))
 
     async def close(self) -> None:
         """Finish what was asked and let go. May be called again."""
@@ -329,9 +348,6 @@ class Spool:
             raise error
 
 
-_DELETE_RUNNING = "DELETE FROM running WHERE block_id = ?"
-
-
 class MemorySpool:
     """A ``ResultSpool`` that lasts as long as its process, for tests and demonstrations.
 
@@ -371,7 +387,7 @@ class MemorySpool:
         """Whether a result for the block is kept here."""
         return block_id in self._results
 
-    def begin(self, block_id: str) -> None:
+    def begin(self, block_id: str, deadline: float | None = None) -> None:
         """Note that a block runs: of no use after the process, and so not kept."""
         self._check_open()
 
