@@ -32,7 +32,7 @@ from ai4all.tasks import Computed, Job, compute, parse_input
 from ai4all.types.model import ModelFile
 from ai4all.types.task import BlockMetrics, TaskResult
 
-__all__ = ["Block", "ModelGate", "ModelSource", "as_compute_error", "run_block"]
+__all__ = ["Block", "ModelGate", "ModelSource", "Slots", "as_compute_error", "run_block"]
 
 _log = structlog.get_logger(__name__)
 
@@ -128,6 +128,34 @@ class Block:
         )
 
 
+class Slots:
+    """Room for as many blocks as are computed at once; how many that is can change.
+
+    Args:
+        count: How many.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._taken = 0
+        self._changed = asyncio.Event()
+
+    def resize(self, count: int) -> None:
+        """Have another number of them. What runs beyond it is left to finish."""
+        self._count = count
+        self._changed.set()
+
+    async def __aenter__(self) -> None:
+        while self._taken >= self._count:
+            self._changed.clear()
+            await self._changed.wait()
+        self._taken += 1
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._taken -= 1
+        self._changed.set()
+
+
 class ModelGate:
     """Lets blocks of one model run together and changes the model when they are done.
 
@@ -136,18 +164,19 @@ class ModelGate:
 
     Args:
         backend: What holds the model.
-        options_for: How to run a model; may read a file.
+        options_for: How to run a model; may read a file. May be set anew: see ``renew``.
     """
 
     def __init__(
         self, backend: InferenceBackend, options_for: Callable[[ModelFile], EngineOptions]
     ) -> None:
         self._backend = backend
-        self._options_for = options_for
+        self.options_for = options_for
         self._turn = asyncio.Lock()
         self._users = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._is_stale = False
         self._loading: asyncio.Task[LoadedModel] | None = None
 
     @asynccontextmanager
@@ -169,6 +198,10 @@ class ModelGate:
             if self._users == 0:
                 self._idle.set()
 
+    def renew(self) -> None:
+        """Have the model loaded anew for the next block: how it shall be run has changed."""
+        self._is_stale = True
+
     async def close(self) -> None:
         """End a load that nobody waits for any more."""
         if self._loading is not None:
@@ -179,16 +212,17 @@ class ModelGate:
         if self._loading is not None:
             await asyncio.wait({self._loading})
         loaded = self._backend.loaded
-        if loaded is not None and loaded.file.sha256 == model.sha256:
+        if loaded is not None and loaded.file.sha256 == model.sha256 and not self._is_stale:
             return 0.0
         await self._idle.wait()
+        self._is_stale = False
         # A load is not given up with the block that asked for it: the next may want it, too.
         self._loading = asyncio.ensure_future(self._load(model))
         self._loading.add_done_callback(self._loaded)
         return (await asyncio.shield(self._loading)).load_ms
 
     async def _load(self, model: ModelFile) -> LoadedModel:
-        options = await asyncio.to_thread(self._options_for, model)
+        options = await asyncio.to_thread(self.options_for, model)
         return await load_model(self._backend, model, options)
 
     def _loaded(self, task: asyncio.Task[LoadedModel]) -> None:
@@ -202,7 +236,7 @@ async def run_block(
     backend: InferenceBackend,
     models: ModelSource,
     gate: ModelGate,
-    slots: asyncio.Semaphore,
+    slots: Slots,
     on_text: Callable[[str, int], None],
 ) -> TaskResult:
     """Compute a block. Whatever goes wrong becomes a failed result.
@@ -238,7 +272,7 @@ async def _attempt(
     backend: InferenceBackend,
     models: ModelSource,
     gate: ModelGate,
-    slots: asyncio.Semaphore,
+    slots: Slots,
     on_text: Callable[[str, int], None],
 ) -> TaskResult:
     assignment = block.assignment

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin
@@ -51,9 +51,11 @@ __all__ = [
     "ModelSettings",
     "Settings",
     "WorkerSettings",
+    "changed_keys",
     "default_toml",
     "explain",
     "load_settings",
+    "with_keys_of",
 ]
 
 _FLAGS = {
@@ -440,6 +442,25 @@ def default_toml() -> str:
     return "\n".join(lines) + "\n"
 
 
+def changed_keys(old: Settings, new: Settings) -> list[str]:
+    """The dotted keys whose values differ."""
+    return [key for key in _keys() if _value_of(old, key) != _value_of(new, key)]
+
+
+def with_keys_of(settings: Settings, other: Settings, keys: Collection[str]) -> Settings:
+    """A copy of ``settings`` that has the values of ``keys`` from ``other``."""
+    sections: dict[str, Any] = {}
+    for key in keys:
+        section = key.rpartition(".")[0]
+        sections.setdefault(section, {})[_attribute(settings, key)] = _value_of(other, key)
+    update = sections.pop("", {})
+    for section, values in sections.items():
+        update[section] = getattr(settings, section).model_copy(update=values)
+    copy = settings.model_copy(update=update)
+    copy._origins = settings._origins | {key: other.origin(key) for key in keys}
+    return copy
+
+
 # Keys.
 
 
@@ -458,11 +479,17 @@ def _keys() -> list[str]:
     return [key for key, _ in _fields()]
 
 
-def _value_of(settings: Settings, key: str) -> Any:
+def _attribute(settings: Settings, key: str) -> str:
     section, _, name = key.rpartition(".")
-    holder: Any = getattr(settings, section) if section else settings
+    holder: BaseModel = getattr(settings, section) if section else settings
     by_alias = {field.alias: inner for inner, field in type(holder).model_fields.items()}
-    return getattr(holder, by_alias.get(name, name))
+    return by_alias.get(name, name)
+
+
+def _value_of(settings: Settings, key: str) -> Any:
+    section = key.rpartition(".")[0]
+    holder: Any = getattr(settings, section) if section else settings
+    return getattr(holder, _attribute(settings, key))
 
 
 def _check_key(key: str, origin: str) -> None:

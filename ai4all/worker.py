@@ -19,7 +19,7 @@ from typing import Any, Final
 import structlog
 
 from ai4all.backend.base import EngineOptions, InferenceBackend
-from ai4all.blocks import Block, ModelGate, ModelSource, as_compute_error, run_block
+from ai4all.blocks import Block, ModelGate, ModelSource, Slots, as_compute_error, run_block
 from ai4all.delivery.spool import ResultSpool
 from ai4all.errors import (
     Ai4allError,
@@ -159,8 +159,8 @@ class Worker:
         self._options = options
         self._observe = observer or (lambda event: None)
         self._blocks: dict[str, Block] = {}
-        self._slots = asyncio.Semaphore(options.max_concurrent_tasks)
-        self._gate = ModelGate(backend, options.engine_for or (lambda _: options.engine))
+        self._slots = Slots(options.max_concurrent_tasks)
+        self._gate = ModelGate(backend, _options_for(options))
         self._background: set[asyncio.Task[None]] = set()
         self._session = Session(
             options.worker_id,
@@ -219,6 +219,25 @@ class Worker:
         self._stopping.set()
         if self._stop_requests > 1:
             self._hurry.set()
+
+    def reconfigure(self, options: WorkerOptions, link: LinkOptions) -> None:
+        """Go on with other options.
+
+        Limits count from now on, the way to run models from the next block on, the link's options
+        from the next connection on, and the coordinator hears of it with the next registration.
+        ``worker_id``, ``preload``, ``session`` and the longest message stay what they were.
+
+        Raises:
+            ConfigError: The coordinator's address cannot or should not be used.
+        """
+        self._connection.reconfigure(link)
+        if options.engine != self._options.engine:
+            self._gate.renew()
+        self._gate.options_for = _options_for(options)
+        self._slots.resize(options.max_concurrent_tasks)
+        self._options = options
+        self._session.capabilities = self._describe()
+        self._go_on()
 
     @property
     def session(self) -> Session:
@@ -428,6 +447,10 @@ class Worker:
         else:
             await self._delivery.submit(block_id, result)
         self._connection.flush()
+
+
+def _options_for(options: WorkerOptions) -> Callable[[ModelFile], EngineOptions]:
+    return options.engine_for or (lambda _: options.engine)
 
 
 class _ProgressStream:

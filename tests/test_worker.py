@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -615,6 +616,42 @@ async def test_blocks_that_an_earlier_process_lost_are_known() -> None:
     assert spool.interrupted == ()
     assert "block_lost_in_restart" in [log["event"] for log in logs]
     assert coordinator.of_type("Reconcile")[0]["running"] == []
+
+
+async def test_as_many_blocks_as_the_options_say_now() -> None:
+    backend = FakeBackend(ScriptedGeneration(hang_at=1))
+    coordinator = Coordinator(deque(assignment(f"b-{n}") for n in range(6)))
+    async with serving(coordinator), working(coordinator, backend) as running:
+        await running.until(lambda: backend.calls.generations == 1)
+        options, link = running.worker._options, running.worker._connection._options
+        running.worker.reconfigure(replace(options, max_concurrent_tasks=3), link)
+        await running.until(lambda: backend.calls.generations == 3)
+        running.worker.reconfigure(options, link)
+        assert running.worker._describe().max_concurrent_tasks == 1
+        running.worker.stop()
+        running.worker.stop()
+        await running.finished()
+    assert backend.calls.generations == 3
+    assert set(coordinator.results()) == {"b-0", "b-1", "b-2"}
+
+
+async def test_another_way_to_run_models_begins_with_the_next_block() -> None:
+    backend = FakeBackend(tokens(" a"))
+    coordinator = Coordinator(deque([assignment("b-0")]))
+    async with serving(coordinator), working(coordinator, backend) as running:
+        await running.until(lambda: bool(running.spool.pending()) or "b-0" in coordinator.results())
+        options, link = running.worker._options, running.worker._connection._options
+        running.worker.reconfigure(replace(options, stop_grace=1.0), link)
+        coordinator.tasks.append(assignment("b-1"))
+        await running.until(lambda: "b-1" in coordinator.results())
+        assert backend.calls.loads == 1, "nothing about models has changed"
+        engine = replace(options.engine, threads=3)
+        running.worker.reconfigure(replace(options, engine=engine), link)
+        coordinator.tasks += [assignment("b-2"), assignment("b-3")]
+        await running.until(lambda: "b-3" in coordinator.results())
+        assert backend.calls.loads == 2
+        assert backend.loaded is not None
+        assert backend.loaded.threads == 3
 
 
 async def test_a_link_that_fails_for_good_ends_the_worker() -> None:

@@ -1,13 +1,14 @@
-"""Signals that ask a command to stop. Only the command line touches them, never the library."""
+"""Signals that a command heeds. Only the command line touches them, never the library."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 
-__all__ = ["on_stop_signals"]
+__all__ = ["on_hangup", "on_stop_signals"]
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -32,8 +33,38 @@ def on_stop_signals(stop: Callable[[], object], *, calls: int = 2) -> Iterator[N
                 signal.signal(each, signal.SIG_DFL)
         stop()
 
-    before = {each: signal.getsignal(each) for each in _STOP_SIGNALS}
-    for each in _STOP_SIGNALS:
+    with _handling(_STOP_SIGNALS, handle):
+        yield
+
+
+@contextlib.contextmanager
+def on_hangup(reload: Callable[[], object], stop: Callable[[], object]) -> Iterator[None]:
+    """Tell the two meanings of SIGHUP apart, on the running loop's thread.
+
+    Where the process had a terminal and has none any more, it is the terminal that was closed, and
+    ``stop`` is called. Else somebody has sent it, and ``reload`` is called. Where it is ignored, as
+    under nohup, it stays so.
+    """
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        yield
+        return
+    had_terminal = _has_terminal()
+
+    def handle() -> None:
+        if had_terminal and not _has_terminal():
+            stop()
+        else:
+            reload()
+
+    with _handling((signal.SIGHUP,), handle):
+        yield
+
+
+@contextlib.contextmanager
+def _handling(signals: tuple[signal.Signals, ...], handle: Callable[[], None]) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    before = {each: signal.getsignal(each) for each in signals}
+    for each in signals:
         loop.add_signal_handler(each, handle)
     try:
         yield
@@ -41,3 +72,12 @@ def on_stop_signals(stop: Callable[[], object], *, calls: int = 2) -> Iterator[N
         for each, handler in before.items():
             loop.remove_signal_handler(each)
             signal.signal(each, handler)
+
+
+def _has_terminal() -> bool:
+    try:
+        descriptor = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    os.close(descriptor)
+    return True

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 
+from ai4all.backend.base import InferenceBackend
 from ai4all.benchmark.store import BenchmarkStore
 from ai4all.commands.environment import Environment, read_settings, stderr_console
-from ai4all.commands.signals import on_stop_signals
-from ai4all.commands.station import prepare_station
+from ai4all.commands.reload import LiveSettings
+from ai4all.commands.signals import on_hangup, on_stop_signals
+from ai4all.commands.station import Station, prepare_station
 from ai4all.config import Settings
 from ai4all.data_dir_lock import hold_data_dir
 from ai4all.delivery.backoff import Attempts, Backoff
@@ -46,27 +49,35 @@ def run_worker(
         LinkError: The link failed for good.
         SpoolError: Results cannot be kept.
     """
-    settings = read_settings(
-        config,
-        data_dir,
-        coordinator__url=coordinator,
-        worker__model=model,
-        isolation__in_process=in_process or None,
-    )
+
+    def read() -> Settings:
+        return read_settings(
+            config,
+            data_dir,
+            coordinator__url=coordinator,
+            worker__model=model,
+            isolation__in_process=in_process or None,
+        )
+
+    settings = read()
     # All that can be wrong with the settings shows before anything is downloaded.
     link = link_options(settings)
     prepare_data_dir(settings.data_dir)
     with hold_data_dir(settings.data_dir, "worker"):
         configure_logging(settings)
-        asyncio.run(_run_until_stopped(environment, settings, link))
+        asyncio.run(_run_until_stopped(environment, settings, link, read))
 
 
 async def _run_until_stopped(
-    environment: Environment, settings: Settings, link: LinkOptions
+    environment: Environment,
+    settings: Settings,
+    link: LinkOptions,
+    read: Callable[[], Settings],
 ) -> None:
     """Prepare and work; a signal ends either, and ends it well."""
     worker: Worker | None = None
-    stopped_early = False
+    live: LiveSettings | None = None
+    stopped_early = reload_is_due = False
     task = asyncio.current_task()
     assert task is not None
 
@@ -78,10 +89,20 @@ async def _run_until_stopped(
             stopped_early = True
             task.cancel()
 
-    with on_stop_signals(stop):
+    def reload() -> None:
+        nonlocal reload_is_due
+        if live is not None:
+            live.reload()
+        else:
+            reload_is_due = True
+
+    with on_stop_signals(stop), on_hangup(reload, stop):
         try:
             async with contextlib.AsyncExitStack() as held:
-                worker = await _prepare(environment, settings, link, held)
+                worker, apply = await _prepare(environment, settings, link, held)
+                live = LiveSettings(settings, read, apply)
+                if reload_is_due:
+                    live.reload()
                 await worker.run()
         except asyncio.CancelledError:
             if not stopped_early:
@@ -95,24 +116,38 @@ async def _prepare(
     settings: Settings,
     link: LinkOptions,
     held: contextlib.AsyncExitStack,
-) -> Worker:
+) -> tuple[Worker, Callable[[Settings], None]]:
+    """A worker that is ready to run, and what has it run with other settings."""
     station = await prepare_station(environment, settings, stderr_console())
     # Not in a thread: nothing else runs yet, and a stop in between would leave it open.
     spool = await held.enter_async_context(Spool.open(settings.data_dir / _SPOOL_FILE))
     backend = await held.enter_async_context(environment.open_backend_for_blocks(settings))
-    score = BenchmarkStore(settings.data_dir).registration_score(
-        station.model.sha256, backend.capabilities().engine_build
-    )
-    engine = settings.engine_options()
     reconnect = settings.coordinator
     backoff = Backoff(
         reconnect.reconnect_interval_ms,
         jitter=reconnect.reconnect_jitter,
         max_attempts=reconnect.max_reconnect_attempts,
     )
-    options = WorkerOptions(
+    options = _worker_options(settings, station, backend)
+    worker = Worker(backend, station.models, spool, link, Attempts(backoff), options)
+
+    def apply(settings: Settings) -> None:
+        changed = link_options(settings)
+        configure_logging(settings)
+        worker.reconfigure(_worker_options(settings, station, backend), changed)
+
+    return worker, apply
+
+
+def _worker_options(
+    settings: Settings, station: Station, backend: InferenceBackend
+) -> WorkerOptions:
+    engine = settings.engine_options()
+    return WorkerOptions(
         worker_id=station.worker_id,
-        benchmark_score=score,
+        benchmark_score=BenchmarkStore(settings.data_dir).registration_score(
+            station.model.sha256, backend.capabilities().engine_build
+        ),
         max_concurrent_tasks=settings.worker.max_concurrent_tasks,
         engine=engine,
         engine_for=lambda model: station.options_for(model, engine, backend.capabilities()),
@@ -121,7 +156,6 @@ async def _prepare(
         progress_interval=settings.worker.progress_interval_ms / 1000.0,
         session=session_options(settings),
     )
-    return Worker(backend, station.models, spool, link, Attempts(backoff), options)
 
 
 def link_options(settings: Settings) -> LinkOptions:

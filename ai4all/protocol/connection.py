@@ -214,6 +214,15 @@ class Connection:
         """Whether ``close`` was called."""
         return self._closing.is_set()
 
+    def reconfigure(self, options: LinkOptions) -> None:
+        """Make the next connection with other options; the one that is open stays as it is.
+
+        Raises:
+            ConfigError: The address cannot or should not be used.
+        """
+        check_url(options.url, allow_insecure=options.allow_insecure)
+        self._options = options
+
     def now(self) -> float:
         """The session's clock."""
         return asyncio.get_running_loop().time()
