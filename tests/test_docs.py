@@ -179,7 +179,8 @@ def test_settings_and_variables_in_the_text_exist(document: Path) -> None:
         if setting is not None and setting[2] in sections:
             assert setting[1] in keys, span
     variables = {"AI4ALL_" + key.upper().replace(".", "_") for key in keys}
-    others = {"AI4ALL_CONFIG", "AI4ALL_TEST_MODEL", *build_options()}
+    in_ci = set(re.findall(r"\bAI4ALL_COMPARE_\w+", text_of(".ci/run")))
+    others = {"AI4ALL_CONFIG", "AI4ALL_TEST_MODEL", *in_ci, *build_options()}
     assert set(re.findall(r"\bAI4ALL_[A-Z0-9_]*[A-Z0-9]\b", text)) <= variables | others
 
 
