@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import email.utils
+import functools
 import ipaddress
 import logging
 import ssl
@@ -47,6 +48,7 @@ from ai4all.protocol.events import (
     SessionStarted,
     VersionRefused,
 )
+from ai4all.protocol.guarded_socket import GuardedConnection
 from ai4all.protocol.session import Session
 
 __all__ = ["Connection", "LinkOptions", "ReconnectPolicy", "check_url", "is_retryable"]
@@ -304,7 +306,9 @@ class Connection:
         """Open the connection; None when ``close`` came first."""
         options = self._options
         parts = urllib.parse.urlsplit(options.url)
-        arguments: dict[str, Any] = {}
+        arguments: dict[str, Any] = {
+            "create_connection": functools.partial(GuardedConnection, max_message=options.max_size)
+        }
         if parts.scheme.lower() == "wss" and options.ssl_context is not None:
             arguments["ssl"] = options.ssl_context
         if _is_loopback(parts.hostname or ""):

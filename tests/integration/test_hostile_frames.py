@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from frame_mutants import Mutator, Target
+from hostile_links import survive
 from station import Station
 from watching import Watch
 from websockets.asyncio.server import broadcast
@@ -122,3 +125,22 @@ async def test_a_fatal_frame_costs_the_connection_and_no_block(kind: str) -> Non
 
 async def test_all_of_it_together() -> None:
     await run(Rubbish(list(SURVIVABLE.values()), times=4), 4)
+
+
+def test_broken_frames_become_events_and_nothing_else() -> None:
+    """The short form of ``tests/hostile_frames.py``."""
+    mutator, target = Mutator(20_260_101), Target()
+    for _ in range(3000):
+        target.feed(mutator.frame())
+    assert target.frames == 3000
+    for outcome in ("BadFrame", "block taken", "answered with bad_request", "CloseLink"):
+        assert target.outcomes[outcome] > 0, target.outcomes
+
+
+@pytest.mark.parametrize("attack", ["deflate bomb", "10k tiny frames"])
+async def test_an_attack_on_the_socket_costs_the_link_alone(
+    attack: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    survival = await survive(attack, tmp_path / "data", tiny_model, lets_go=True)
+    assert survival.is_well, str(survival)
+    assert survival.close_code == 1002
