@@ -23,7 +23,9 @@ from ai4all.errors import (
     EngineCrashed,
     EngineError,
     EngineHung,
+    InvalidModelFile,
     LoadFailed,
+    ModelChecksumMismatch,
     ModelError,
 )
 from ai4all.models.memory import load_model
@@ -347,8 +349,13 @@ def as_compute_error(exc: Exception) -> ComputeError:
     match exc:
         case ComputeError():
             return exc
+        # The texts of these name files; where a machine keeps its files is its owner's business.
+        case InvalidModelFile(problem=problem):
+            return LoadFailed(f"the model's file: {problem}")
+        case ModelChecksumMismatch(expected=expected, actual=actual):
+            return LoadFailed(f"the model's file: sha256 is {actual}, expected {expected}")
         case ModelError():
-            return LoadFailed(str(exc))
+            return LoadFailed(f"the model cannot be used here ({type(exc).__name__})")
         case EngineError():
             return EngineCrashed(str(exc))
     places = [

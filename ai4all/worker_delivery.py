@@ -118,7 +118,7 @@ class Delivery:
         except SpoolError as exc:
             _log.error("result_not_kept", block_id=block_id, error=str(exc))
             self._unkept[block_id] = payload
-            self._wait_for_room(str(exc))
+            self._wait_for_room(exc)
         self._session.send_result(block_id, frame)
 
     async def _make_way(self, block_id: str) -> None:
@@ -162,12 +162,13 @@ class Delivery:
             # At worst it is sent once more after a restart, and the coordinator drops repeats.
             _log.warning("result_not_forgotten", block_id=block_id, error=str(exc))
             self._unforgotten[block_id] = None
-            self._wait_for_room(str(exc))
+            self._wait_for_room(exc)
         else:
             self._room.set()
 
-    def _wait_for_room(self, problem: str) -> None:
-        self._problem = problem
+    def _wait_for_room(self, error: SpoolError) -> None:
+        # Heartbeats carry it: without the path that the whole text names.
+        self._problem = f"results cannot be kept: {error.problem}"
         if self._retrying is None:
             self._retrying = asyncio.ensure_future(self._retry())
 
@@ -180,7 +181,7 @@ class Delivery:
             try:
                 await self._catch_up()
             except SpoolError as exc:
-                self._problem = str(exc)
+                self._wait_for_room(exc)
             else:
                 self._problem = None
         self._retrying = None

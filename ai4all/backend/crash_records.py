@@ -22,6 +22,9 @@ __all__ = ["CrashRecord", "CrashRecords", "assertion_in", "fault_in", "signal_na
 
 _ASSERTION: Final = re.compile(r"^ai4all engine aborted: (.+)$", re.MULTILINE)
 
+# Where the engine was built says nothing of its fault, but perhaps who built it.
+_SOURCE_FOLDER: Final = re.compile(r"^.*?/(?=[^/:]+:\d+: )")
+
 # The interpreter, the C and C++ libraries and the sanitizers on their own way out.
 _FAULT: Final = re.compile(
     r"^(Fatal Python error: .+|terminate called .+|free\(\): .+|malloc.*: .+|double free .+"
@@ -123,7 +126,7 @@ def now() -> str:
 def assertion_in(stderr: str) -> str | None:
     """The assertion that the engine's abort handler wrote last, with file and line."""
     found = _ASSERTION.findall(stderr)
-    return found[-1].strip()[:2048] if found else None
+    return _SOURCE_FOLDER.sub("", found[-1].strip())[:2048] if found else None
 
 
 def fault_in(stderr: str) -> str | None:

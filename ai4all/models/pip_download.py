@@ -134,11 +134,17 @@ async def _start_pip(
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             cwd=incoming,
-            # Where the disk's free space was checked, and where leftovers are swept up.
-            env={**os.environ, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"},
+            env=_pip_environment(temporary),
         )  # fmt: skip
     except OSError as error:
         raise ModelSourceError(str(source), f"pip cannot be started: {error}") from error
+
+
+def _pip_environment(temporary: Path) -> dict[str, str]:
+    """The user's own, for his index and proxy; but of our settings, which may be secret, none."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("AI4ALL_")}
+    # Where the disk's free space was checked, and where leftovers are swept up.
+    return {**kept, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
 
 
 async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[bytes]:

@@ -76,6 +76,22 @@ def test_the_last_assertion_is_found_among_other_lines() -> None:
 
 
 @pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        ("/home/x y/build/ggml/src/ggml.c:12: fatal error", "ggml.c:12: fatal error"),
+        (
+            "/x/ggml.c:12: GGML_ASSERT(a / b == 1) failed",
+            "ggml.c:12: GGML_ASSERT(a / b == 1) failed",
+        ),
+        ("../src/models/llama.cpp:7: f(a/b.c:1: x)", "llama.cpp:7: f(a/b.c:1: x)"),
+        ("fatal error in /dev/null", "fatal error in /dev/null"),
+    ],
+)
+def test_an_assertion_does_not_tell_where_the_engine_was_built(written: str, kept: str) -> None:
+    assert assertion_in(f"ai4all engine aborted: {written}\n") == kept
+
+
+@pytest.mark.parametrize(
     "line",
     [
         "terminate called after throwing an instance of 'std::bad_alloc'",

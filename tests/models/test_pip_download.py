@@ -223,3 +223,12 @@ def test_what_pip_says_becomes_one_line() -> None:
     assert "disk is full" in diagnose("ERROR: [Errno 28] No space left on device")
     assert diagnose("Looking in links", "ERROR: Something else").endswith("Something else")
     assert "exited with 1" in diagnose()
+
+
+def test_pip_is_told_none_of_our_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AI4ALL_COORDINATOR_TOKEN", "planted")
+    monkeypatch.setenv("PIP_INDEX_URL", "https://user@example.org/simple")
+    environment = pip_download._pip_environment(tmp_path)
+    assert environment["PIP_INDEX_URL"] == "https://user@example.org/simple"
+    assert environment["TMPDIR"] == str(tmp_path)
+    assert "planted" not in str(environment)
