@@ -87,10 +87,7 @@ def prepare_data_dir(path: Path) -> None:
         _make_private(path)
         for name in DIRECTORIES:
             (path / name).mkdir(mode=0o700, exist_ok=True)
-            (path / name).chmod(0o700)
-        for name in (MARKER, WORKER_ID):
-            with contextlib.suppress(FileNotFoundError):
-                (path / name).chmod(0o600)
+        _make_content_private(path)
         # Permission bits do not tell of a read-only or full file system; writing does.
         with tempfile.NamedTemporaryFile(prefix=".probe.", dir=path) as probe:
             probe.write(b"\0" * 4096)
@@ -118,6 +115,20 @@ def _make_private(path: Path) -> None:
             f"name an empty directory, or run: chmod 700 {path}",
         )
     path.chmod(0o700)
+
+
+def _make_content_private(path: Path) -> None:
+    """Close to others what lies below, too: the directory may have stood open until now."""
+    for directory, _, names in os.walk(path):
+        for name in ("", *names):
+            entry = Path(directory, name)
+            # Another process may rotate a log or take a partial file away meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                status = entry.lstat()
+                mode = stat.S_IMODE(status.st_mode)
+                ours = not stat.S_ISLNK(status.st_mode) and status.st_uid == os.geteuid()
+                if ours and mode & 0o077:
+                    entry.chmod(mode & 0o700)
 
 
 def worker_id(path: Path) -> str:
