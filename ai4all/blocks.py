@@ -6,17 +6,16 @@ Nothing here knows the wire's session or the spool; ``worker`` does.
 from __future__ import annotations
 
 import asyncio
-import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Final, Protocol
 
 import structlog
 
 from ai4all.backend.base import EngineOptions, InferenceBackend, LoadedModel
+from ai4all.clock import SYSTEM_CLOCK, Clock
 from ai4all.errors import (
     ComputeError,
     DeadlineExceeded,
@@ -68,11 +67,12 @@ class Block:
 
     Attributes:
         assignment: What the coordinator sent.
-        received_at: ``time.monotonic()`` of its receipt.
-        deadline: ``time.monotonic()`` value of its deadline, or None when it is far away.
+        received_at: Monotonic time of its receipt.
+        deadline: Monotonic time of its deadline, or None when it is far away.
+        clock: What tells the time.
         task: What runs it.
         job: What computes it, once that has begun.
-        started_at: ``time.monotonic()`` when computing began, or None.
+        started_at: Monotonic time when computing began, or None.
         stopped_by: Why it was stopped from outside, or None.
         is_computing: Whether stopping it still means something.
     """
@@ -80,6 +80,7 @@ class Block:
     assignment: Assignment
     received_at: float
     deadline: float | None
+    clock: Clock = SYSTEM_CLOCK
     task: asyncio.Task[None] | None = None
     job: Job | None = None
     started_at: float | None = None
@@ -87,11 +88,12 @@ class Block:
     is_computing: bool = False
 
     @classmethod
-    def received(cls, assignment: Assignment) -> Block:
+    def received(cls, assignment: Assignment, clock: Clock = SYSTEM_CLOCK) -> Block:
         """Take an assignment now: its wall-clock deadline becomes one that no clock jump moves."""
-        now = time.monotonic()
-        remaining = (assignment.deadline - datetime.now(UTC)).total_seconds()
-        return cls(assignment, now, now + remaining if remaining < _MAX_DEADLINE_S else None)
+        now = clock.monotonic()
+        remaining = (assignment.deadline - clock.utc()).total_seconds()
+        deadline = now + remaining if remaining < _MAX_DEADLINE_S else None
+        return cls(assignment, now, deadline, clock)
 
     @property
     def block_id(self) -> str:
@@ -106,7 +108,7 @@ class Block:
     @property
     def remaining(self) -> float | None:
         """Seconds until the deadline; negative when it has passed."""
-        return None if self.deadline is None else self.deadline - time.monotonic()
+        return None if self.deadline is None else self.deadline - self.clock.monotonic()
 
     def stop(self, why: ComputeError) -> None:
         """Have it answered with ``why`` instead of a result. Too late, does nothing."""
@@ -116,7 +118,7 @@ class Block:
 
     def failed(self, error: ComputeError) -> TaskResult:
         """The result of a block that could not be computed. Times are those of this process."""
-        now = time.monotonic()
+        now = self.clock.monotonic()
         started = self.started_at if self.started_at is not None else now
         return TaskResult(
             success=False,
@@ -293,7 +295,7 @@ async def _attempt(
             _raise_own(exc)
             raise DeadlineExceeded("the deadline passed before the block was begun") from None
         block.job = job
-        block.started_at = time.monotonic()
+        block.started_at = block.clock.monotonic()
         remaining = block.remaining
         try:
             limit = None if remaining is None else max(0.0, remaining) + _HANG_SLACK_S

@@ -9,17 +9,16 @@ worker; only ``stop``, a link that failed for good, or a bug does.
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import structlog
 
 from ai4all.backend.base import EngineOptions, InferenceBackend
 from ai4all.blocks import Block, ModelGate, ModelSource, Slots, as_compute_error, run_block
+from ai4all.clock import SYSTEM_CLOCK, Clock
 from ai4all.delivery.spool import ResultSpool
 from ai4all.errors import (
     Ai4allError,
@@ -28,7 +27,13 @@ from ai4all.errors import (
     Preempted,
     ShuttingDown,
 )
-from ai4all.protocol.connection import Connection, LinkOptions, ReconnectPolicy
+from ai4all.protocol.connection import (
+    Connection,
+    Dial,
+    LinkOptions,
+    ReconnectPolicy,
+    dial_websocket,
+)
 from ai4all.protocol.events import (
     AssignmentUnfit,
     BadFrame,
@@ -121,9 +126,9 @@ class WorkerOptions:
     session: SessionOptions = field(default_factory=SessionOptions)
 
 
-def new_envelope() -> Envelope:
+def new_envelope(clock: Clock = SYSTEM_CLOCK) -> Envelope:
     """The envelope of a frame that is written now."""
-    return Envelope(id=str(uuid.uuid4()), timestamp=datetime.now(UTC))
+    return Envelope(id=str(uuid.uuid4()), timestamp=clock.utc())
 
 
 class Worker:
@@ -138,6 +143,9 @@ class Worker:
         policy: ReconnectPolicy,
         options: WorkerOptions,
         observer: Callable[[WorkerEvent], None] | None = None,
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+        dial: Dial = dial_websocket,
     ) -> None:
         """Prepare; nothing happens before ``run``.
 
@@ -149,6 +157,8 @@ class Worker:
             policy: When to connect again.
             options: How to work.
             observer: Called with what happens, on the loop.
+            clock: What tells the time.
+            dial: What opens a connection.
 
         Raises:
             ConfigError: The coordinator's address cannot or should not be used.
@@ -157,6 +167,7 @@ class Worker:
         self._models = models
         self._spool = spool
         self._options = options
+        self._clock = clock
         self._observe = observer or (lambda event: None)
         self._blocks: dict[str, Block] = {}
         self._slots = Slots(options.max_concurrent_tasks)
@@ -166,12 +177,14 @@ class Worker:
             options.worker_id,
             self._describe(),
             options.benchmark_score,
-            envelope=new_envelope,
+            envelope=lambda: new_envelope(clock),
             options=options.session,
         )
         max_frame = min(link.max_size, options.session.limits.max_bytes)
         self._delivery = Delivery(spool, self._session, max_frame, self._go_on)
-        self._connection = Connection(self._session, link, policy, self._on_event)
+        self._connection = Connection(
+            self._session, link, policy, self._on_event, clock=clock, dial=dial
+        )
         self._is_up = False
         self._stop_requests = 0
         self._stopping = asyncio.Event()
@@ -313,7 +326,7 @@ class Worker:
     def _on_event(self, event: SessionEvent) -> None:
         match event:
             case WorkAssigned(assignment):
-                self._take(Block.received(assignment))
+                self._take(Block.received(assignment, self._clock))
             case AssignmentUnfit(block_id, error):
                 _log.warning("assignment_unfit", block_id=block_id, code=error.code.value)
                 self._spawn(self._answer(block_id, never_begun(error)))
@@ -409,7 +422,7 @@ class Worker:
             model_id=assignment.model_id,
         )
         self._observe(BlockStarted(block.block_id, assignment.task_type.value, assignment.model_id))
-        stream = _ProgressStream(self._options.progress_interval)
+        stream = _ProgressStream(self._options.progress_interval, self._clock)
 
         def on_text(text: str, completion_tokens: int) -> None:
             self._observe(BlockText(block.block_id, text))
@@ -456,15 +469,16 @@ def _options_for(options: WorkerOptions) -> Callable[[ModelFile], EngineOptions]
 class _ProgressStream:
     """Gathers text so that a fast model does not send a frame for each token."""
 
-    def __init__(self, interval: float) -> None:
+    def __init__(self, interval: float, clock: Clock) -> None:
         self._interval = interval
+        self._clock = clock
         self._held: list[str] = []
-        self._sent_at = time.monotonic()
+        self._sent_at = self._clock.monotonic()
 
     @property
     def is_due(self) -> bool:
         """Whether the interval has passed since the last frame."""
-        return time.monotonic() - self._sent_at >= self._interval
+        return self._clock.monotonic() - self._sent_at >= self._interval
 
     @property
     def held(self) -> str:
@@ -478,7 +492,7 @@ class _ProgressStream:
     def sent(self) -> None:
         """The held text is on its way."""
         self._held.clear()
-        self._sent_at = time.monotonic()
+        self._sent_at = self._clock.monotonic()
 
 
 def _note(event: SessionEvent) -> None:

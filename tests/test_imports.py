@@ -17,7 +17,7 @@ PACKAGE = Path(ai4all.__file__).parent
 
 # A room may import itself and any room on a lower storey.
 STOREYS: tuple[tuple[str, ...], ...] = (
-    ("types", "version"),
+    ("types", "version", "clock"),
     ("errors",),
     ("protocol",),
     ("backend", "delivery"),

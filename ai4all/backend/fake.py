@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ from ai4all.backend.fake_script import (
     token_at,
     token_ms,
 )
+from ai4all.clock import SYSTEM_CLOCK, Clock
 from ai4all.errors import (
     Ai4allError,
     ContextOverflow,
@@ -92,6 +92,7 @@ class FakeBackend(InferenceBackend):
             not sleep.
         memory_mb: Figure for ``resource_usage``.
         threads: Figure for ``loaded`` and the fingerprint when the options leave it open.
+        clock: What deadlines are measured on.
 
     Attributes:
         calls: What has been asked so far.
@@ -110,6 +111,7 @@ class FakeBackend(InferenceBackend):
         time_scale: float = 1.0,
         memory_mb: int = 256,
         threads: int = 1,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self.calls = FakeCalls()
         self.active = 0
@@ -122,6 +124,7 @@ class FakeBackend(InferenceBackend):
         self._time_scale = time_scale
         self._memory_mb = memory_mb
         self._threads = threads
+        self._clock = clock
         self._options = EngineOptions()
         self._loaded: LoadedModel | None = None
         self._loading: asyncio.Future[None] | None = None
@@ -350,7 +353,7 @@ class FakeBackend(InferenceBackend):
         if loading is None:
             return 0.0
         try:
-            async with asyncio.timeout(_remaining(deadline)):
+            async with asyncio.timeout(self._remaining(deadline)):
                 await asyncio.shield(loading)
         except TimeoutError:
             raise _deadline_exceeded(0) from None
@@ -366,7 +369,7 @@ class FakeBackend(InferenceBackend):
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(waiter)
         try:
-            async with asyncio.timeout(_remaining(deadline)):
+            async with asyncio.timeout(self._remaining(deadline)):
                 await waiter
         except BaseException as error:
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
@@ -389,7 +392,7 @@ class FakeBackend(InferenceBackend):
 
     async def _pause(self, ms: float, deadline: float | None, completion_tokens: int) -> None:
         seconds = ms * self._time_scale / 1000.0
-        remaining = _remaining(deadline)
+        remaining = self._remaining(deadline)
         if remaining is not None and remaining <= seconds:
             await self._sleep(max(0.0, remaining))
             raise _deadline_exceeded(completion_tokens)
@@ -402,6 +405,9 @@ class FakeBackend(InferenceBackend):
             except TimeoutError:
                 return
         self._check_open()
+
+    def _remaining(self, deadline: float | None) -> float | None:
+        return None if deadline is None else deadline - self._clock.monotonic()
 
     def _check_open(self) -> None:
         if self._closing.is_set():
@@ -514,10 +520,6 @@ def _side_timings(load_ms: float) -> Timings:
         prompt_tokens_per_second=None,
         decode_tokens_per_second=None,
     )
-
-
-def _remaining(deadline: float | None) -> float | None:
-    return None if deadline is None else deadline - time.monotonic()
 
 
 def _rate(tokens: int, ms: float) -> float | None:

@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 
 from ai4all.delivery.results_file import problem
 from ai4all.errors import SpoolError
 
-__all__ = ["Operation", "Writer", "call_on"]
+__all__ = ["Operation", "SpoolWriter", "Transactions", "Writer", "call_on", "settle"]
 
 _log = structlog.get_logger(__name__)
 
@@ -69,80 +70,18 @@ class Operation:
         return cls(statements, 0.0 if urgent else _PATIENT_S, loop, done)
 
 
-class _Stop:
-    """The last thing in a writer's queue."""
+class Transactions:
+    """Writes operations to the database, as many in one transaction as come together.
 
-    def __init__(self, stopped: Callable[[], None] | None) -> None:
-        self.stopped = stopped
-
-
-class Writer:
-    """The thread that owns the database. Knows nothing of the ``Spool``, so that can be leaked."""
+    When that is done, its heirs decide: ``Writer`` on a thread, a simulation on its own time.
+    """
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self._path = path
         self._connection = connection
-        self._queue: queue.SimpleQueue[list[Operation] | _Stop] = queue.SimpleQueue()
-        self._gathered: list[Operation] = []
-        # Daemon: what is committed is safe, and an owner that died must not keep the process.
-        threading.Thread(target=self._run, name="ai4all-spool", daemon=True).start()
-
-    def put(self, operation: Operation) -> None:
-        """Do this soon. On the loop's thread."""
-        self._gathered.append(operation)
-        if len(self._gathered) > 1:
-            return
-        try:
-            asyncio.get_running_loop().call_soon(self._hand_over)
-        except RuntimeError:
-            self._hand_over()  # Between two runs of the loop.
-
-    def stop(self, stopped: Callable[[], None] | None) -> None:
-        """Do what was asked, close the database, then call ``stopped`` on the thread."""
-        self._hand_over()
-        self._queue.put(_Stop(stopped))
-
-    def _hand_over(self) -> None:
-        if self._gathered:
-            self._queue.put(self._gathered)
-            self._gathered = []
-
-    def _run(self) -> None:
-        while True:
-            batch, stop = self._next_batch()
-            if batch:
-                self._write(batch)
-                _settle(batch)
-            # Nothing of the loop's may be held while the thread sleeps, least of all the spool.
-            del batch
-            if stop is not None:
-                # Closing plays the log into the database; what fails there is played next time.
-                with contextlib.suppress(sqlite3.Error):
-                    self._connection.close()
-                if stop.stopped is not None:
-                    stop.stopped()
-                return
-
-    def _next_batch(self) -> tuple[list[Operation], _Stop | None]:
-        batch: list[Operation] = []
-        due = math.inf  # When the least patient operation of the batch wants to be written.
-        while len(batch) < _MAX_BATCH:
-            try:
-                if batch:
-                    remaining = due - time.monotonic()
-                    item = self._queue.get(remaining > 0.0, max(0.0, remaining))
-                else:
-                    item = self._queue.get()
-            except queue.Empty:
-                break
-            if isinstance(item, _Stop):
-                return batch, item
-            batch += item
-            now = time.monotonic()
-            due = min(due, *(now + operation.patience for operation in item))
-        return batch, None
 
     def _write(self, batch: list[Operation]) -> None:
+        """Commit them together, or each on its own where that fails; each learns its error."""
         try:
             self._transact(batch)
         except sqlite3.Error as exc:
@@ -174,8 +113,95 @@ class Writer:
             _log.warning("spool_note_lost", problem=error.problem)
         return error
 
+    def _close(self) -> None:
+        """Let go of the database."""
+        # Closing plays the log into the database; what fails there is played next time.
+        with contextlib.suppress(sqlite3.Error):
+            self._connection.close()
 
-def _settle(batch: list[Operation]) -> None:
+
+class _Stop:
+    """The last thing in a writer's queue."""
+
+    def __init__(self, stopped: Callable[[], None] | None) -> None:
+        self.stopped = stopped
+
+
+class SpoolWriter(Protocol):
+    """What does a spool's operations, one batch after the other."""
+
+    def put(self, operation: Operation) -> None:
+        """Do this soon. On the loop's thread."""
+
+    def stop(self, stopped: Callable[[], None] | None) -> None:
+        """Do what was asked, close the database, then call ``stopped``, on any thread."""
+
+
+class Writer(Transactions):
+    """The thread that owns the database. Knows nothing of the ``Spool``, so that can be leaked."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        super().__init__(path, connection)
+        self._queue: queue.SimpleQueue[list[Operation] | _Stop] = queue.SimpleQueue()
+        self._gathered: list[Operation] = []
+        # Daemon: what is committed is safe, and an owner that died must not keep the process.
+        threading.Thread(target=self._run, name="ai4all-spool", daemon=True).start()
+
+    def put(self, operation: Operation) -> None:
+        """Do this soon. On the loop's thread."""
+        self._gathered.append(operation)
+        if len(self._gathered) > 1:
+            return
+        try:
+            asyncio.get_running_loop().call_soon(self._hand_over)
+        except RuntimeError:
+            self._hand_over()  # Between two runs of the loop.
+
+    def stop(self, stopped: Callable[[], None] | None) -> None:
+        """Do what was asked, close the database, then call ``stopped`` on the thread."""
+        self._hand_over()
+        self._queue.put(_Stop(stopped))
+
+    def _hand_over(self) -> None:
+        if self._gathered:
+            self._queue.put(self._gathered)
+            self._gathered = []
+
+    def _run(self) -> None:
+        while True:
+            batch, stop = self._next_batch()
+            if batch:
+                self._write(batch)
+                settle(batch)
+            # Nothing of the loop's may be held while the thread sleeps, least of all the spool.
+            del batch
+            if stop is not None:
+                self._close()
+                if stop.stopped is not None:
+                    stop.stopped()
+                return
+
+    def _next_batch(self) -> tuple[list[Operation], _Stop | None]:
+        batch: list[Operation] = []
+        due = math.inf  # When the least patient operation of the batch wants to be written.
+        while len(batch) < _MAX_BATCH:
+            try:
+                if batch:
+                    remaining = due - time.monotonic()
+                    item = self._queue.get(remaining > 0.0, max(0.0, remaining))
+                else:
+                    item = self._queue.get()
+            except queue.Empty:
+                break
+            if isinstance(item, _Stop):
+                return batch, item
+            batch += item
+            now = time.monotonic()
+            due = min(due, *(now + operation.patience for operation in item))
+        return batch, None
+
+
+def settle(batch: list[Operation]) -> None:
     """Tell the loop what became of a batch: one wake-up for all of it."""
     loops = {operation.loop for operation in batch if operation.loop is not None}
     for loop in loops:

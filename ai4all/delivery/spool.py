@@ -19,7 +19,7 @@ from typing import Protocol, Self
 
 import structlog
 
-from ai4all.delivery.group_commit import Operation, Writer, call_on
+from ai4all.delivery.group_commit import Operation, SpoolWriter, Writer, call_on
 from ai4all.delivery.results_file import (
     DELETE_RESULT,
     DELETE_RUNNING,
@@ -131,7 +131,7 @@ class Spool:
     def __init__(
         self,
         path: Path,
-        writer: Writer,
+        writer: SpoolWriter,
         *,
         rows: Sequence[Row],
         interrupted: Sequence[str],
@@ -161,6 +161,7 @@ class Spool:
         max_bytes: int = DEFAULT_MAX_BYTES,
         keep_days: float = DEFAULT_KEEP_DAYS,
         clock: Callable[[], float] = time.time,
+        writer: Callable[[Path, sqlite3.Connection], SpoolWriter] = Writer,
     ) -> Self:
         """Open a spool, create it if it is missing, recover it if it is damaged. Blocks.
 
@@ -169,6 +170,7 @@ class Spool:
             max_bytes: Most bytes of results to keep.
             keep_days: Results older than this are dropped now.
             clock: Seconds since the epoch.
+            writer: Makes what writes; by default a thread.
 
         Raises:
             SpoolError: It cannot be used; the text says why.
@@ -204,7 +206,7 @@ class Spool:
             _log.warning("block_lost_in_restart", block_id=block_id, handed_back=False)
         return cls(
             path,
-            Writer(path, connection),
+            writer(path, connection),
             rows=rows,
             interrupted=[b.block_id for b in contents.running if b.block_id not in lapsed],
             max_bytes=max_bytes,

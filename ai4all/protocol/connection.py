@@ -17,13 +17,13 @@ import logging
 import ssl
 import urllib.parse
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol
 
 import structlog
-from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.client import connect
 from websockets.exceptions import (
     ConnectionClosed,
     InvalidHandshake,
@@ -31,9 +31,9 @@ from websockets.exceptions import (
     InvalidStatus,
     InvalidURI,
 )
-from websockets.protocol import State as WireState
 
 from ai4all import __version__
+from ai4all.clock import SYSTEM_CLOCK, Clock
 from ai4all.errors import (
     ConfigError,
     LinkError,
@@ -51,7 +51,16 @@ from ai4all.protocol.events import (
 from ai4all.protocol.guarded_socket import GuardedConnection
 from ai4all.protocol.session import Session
 
-__all__ = ["Connection", "LinkOptions", "ReconnectPolicy", "check_url", "is_retryable"]
+__all__ = [
+    "Connection",
+    "Dial",
+    "LinkOptions",
+    "ReconnectPolicy",
+    "Socket",
+    "check_url",
+    "dial_websocket",
+    "is_retryable",
+]
 
 _log = structlog.get_logger(__name__)
 
@@ -119,6 +128,39 @@ class LinkOptions:
     refusal_delay: float = 60.0
 
 
+class Socket(Protocol):
+    """What a connection needs of a socket: as much of ``websockets``' as is used here."""
+
+    @property
+    def close_code(self) -> int | None:
+        """Why it was closed; None while it is open."""
+
+    @property
+    def close_reason(self) -> str | None:
+        """The words to that; None while it is open."""
+
+    async def recv(self) -> str | bytes:
+        """The next message.
+
+        Raises:
+            ConnectionClosed: There will be none.
+        """
+
+    async def send_all(self, messages: Sequence[str]) -> None:
+        """Write messages in one piece; waits while the buffer is full.
+
+        Raises:
+            ConnectionClosed: It cannot be written any more.
+        """
+
+    async def close(self, code: int = 1000, reason: str = "") -> None:
+        """Close politely, within the time that the options give. May be called again."""
+
+
+Dial = Callable[[LinkOptions], Coroutine[Any, Any, Socket]]
+"""Opens a connection, and raises as ``dial_websocket`` does when that fails."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Lost:
     """Why a connection is gone, and the least time to wait before the next."""
@@ -182,6 +224,9 @@ class Connection:
         options: LinkOptions,
         policy: ReconnectPolicy,
         handler: Callable[[SessionEvent], None],
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+        dial: Dial | None = None,
     ) -> None:
         """Prepare; nothing is opened before ``run``.
 
@@ -190,6 +235,8 @@ class Connection:
             options: Where and how.
             policy: When to connect again.
             handler: Called with each event, on the loop. May call the session's ``send_...``.
+            clock: What tells the time of day.
+            dial: What opens a connection; by default ``dial_websocket``.
 
         Raises:
             ConfigError: The address cannot or should not be used.
@@ -199,7 +246,9 @@ class Connection:
         self._options = options
         self._policy = policy
         self._handler = handler
-        self._socket: ClientConnection | None = None
+        self._clock = clock
+        self._dial = dial or dial_websocket
+        self._socket: Socket | None = None
         self._outbox: deque[str] = deque()
         self._outbox_filled = asyncio.Event()
         self._outbox_empty = asyncio.Event()
@@ -288,7 +337,7 @@ class Connection:
     async def _connect_and_serve(self) -> _Lost:
         self.session.connecting()
         try:
-            socket = await self._dial()
+            socket = await self._unless_closing(self._dial(self._options))
         except (InvalidURI, InvalidProxy, ImportError) as exc:
             # The text of a bad proxy may hold its password.
             what = "the proxy of this environment" if not isinstance(exc, InvalidURI) else "the URL"
@@ -302,38 +351,8 @@ class Connection:
         self.flush()
         return lost
 
-    async def _dial(self) -> ClientConnection | None:
-        """Open the connection; None when ``close`` came first."""
-        options = self._options
-        parts = urllib.parse.urlsplit(options.url)
-        arguments: dict[str, Any] = {
-            "create_connection": functools.partial(GuardedConnection, max_message=options.max_size)
-        }
-        if parts.scheme.lower() == "wss" and options.ssl_context is not None:
-            arguments["ssl"] = options.ssl_context
-        if _is_loopback(parts.hostname or ""):
-            # A proxy would look for the coordinator on its own machine.
-            arguments["proxy"] = None
-        headers = {"Authorization": f"Bearer {options.token}"} if options.token else {}
-        return await self._unless_closing(
-            _ConnectHere(
-                options.url,
-                additional_headers=headers,
-                user_agent_header=f"ai4all-native/{__version__}",
-                compression=None,
-                max_size=options.max_size,
-                open_timeout=options.open_timeout,
-                ping_interval=options.ping_interval,
-                ping_timeout=options.ping_timeout,
-                close_timeout=options.close_timeout,
-                logger=_wire_log,
-                **arguments,
-            ).open()
-        )
-
-    async def _unless_closing(
-        self, dialling: Coroutine[Any, Any, ClientConnection]
-    ) -> ClientConnection | None:
+    async def _unless_closing(self, dialling: Coroutine[Any, Any, Socket]) -> Socket | None:
+        """The connection; None when ``close`` came first."""
         task = asyncio.ensure_future(dialling)
         closing = asyncio.ensure_future(self._closing.wait())
         try:
@@ -348,7 +367,7 @@ class Connection:
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
 
-    async def _serve(self, socket: ClientConnection) -> _Lost:
+    async def _serve(self, socket: Socket) -> _Lost:
         self._socket = socket
         self._refusal = None
         self._close_task = None
@@ -382,24 +401,18 @@ class Connection:
             return _Lost(str(self._refusal), self._options.refusal_delay, self._refusal)
         return _Lost(f"closed with code {code}" + (f": {reason}" if reason else ""))
 
-    async def _read(self, socket: ClientConnection) -> None:
+    async def _read(self, socket: Socket) -> None:
         while True:
             message = await socket.recv()
             self.session.receive(message, self.now())
             self.flush()
 
-    async def _write(self, socket: ClientConnection) -> None:
+    async def _write(self, socket: Socket) -> None:
         while True:
             await self._outbox_filled.wait()
             self._outbox_filled.clear()
             while self._outbox:
-                batch = self._next_batch()
-                if len(batch) > 1 and socket.state is WireState.OPEN:
-                    # Frames of one moment in one piece: a system call and a packet less for each.
-                    for frame in batch[:-1]:
-                        socket.protocol.send_text(frame.encode("utf-8"))
-                    socket.transport.write(b"".join(socket.protocol.data_to_send()))
-                await socket.send(batch[-1])
+                await socket.send_all(self._next_batch())
             self._outbox_empty.set()
 
     def _next_batch(self) -> list[str]:
@@ -456,7 +469,7 @@ class Connection:
         if isinstance(exc, InvalidStatus):
             status = exc.response.status_code
             reason = f"the coordinator answered the handshake with HTTP {status}"
-            asked = _retry_after(exc.response.headers.get("Retry-After"))
+            asked = _retry_after(exc.response.headers.get("Retry-After"), self._clock.utc())
             if asked is not None:
                 return _Lost(reason, asked)
             # Only a person can cure these; asking again at once never does.
@@ -468,6 +481,42 @@ class Connection:
         return _Lost(f"{exc}" or type(exc).__name__)
 
 
+async def dial_websocket(options: LinkOptions) -> Socket:
+    """Open a WebSocket to the coordinator.
+
+    Raises:
+        OSError: No connection.
+        TimeoutError: None within ``open_timeout``.
+        InvalidHandshake: Refused.
+        InvalidURI: The address is none.
+    """
+    parts = urllib.parse.urlsplit(options.url)
+    arguments: dict[str, Any] = {
+        "create_connection": functools.partial(GuardedConnection, max_message=options.max_size)
+    }
+    if parts.scheme.lower() == "wss" and options.ssl_context is not None:
+        arguments["ssl"] = options.ssl_context
+    if _is_loopback(parts.hostname or ""):
+        # A proxy would look for the coordinator on its own machine.
+        arguments["proxy"] = None
+    headers = {"Authorization": f"Bearer {options.token}"} if options.token else {}
+    socket = await _ConnectHere(
+        options.url,
+        additional_headers=headers,
+        user_agent_header=f"ai4all-native/{__version__}",
+        compression=None,
+        max_size=options.max_size,
+        open_timeout=options.open_timeout,
+        ping_interval=options.ping_interval,
+        ping_timeout=options.ping_timeout,
+        close_timeout=options.close_timeout,
+        logger=_wire_log,
+        **arguments,
+    )
+    assert isinstance(socket, GuardedConnection)
+    return socket
+
+
 class _ConnectHere(connect):
     """Connects to the address that was configured and no other.
 
@@ -476,9 +525,6 @@ class _ConnectHere(connect):
 
     def process_redirect(self, exc: Exception) -> Exception | str:
         return exc
-
-    async def open(self) -> ClientConnection:
-        return await self
 
 
 def _is_loopback(host: str) -> bool:
@@ -490,7 +536,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _retry_after(value: str | None) -> float | None:
+def _retry_after(value: str | None, now: datetime) -> float | None:
     """Seconds of an HTTP ``Retry-After`` header (RFC 9110, section 10.2.3), if it can be read."""
     if value is None:
         return None
@@ -502,4 +548,4 @@ def _retry_after(value: str | None) -> float | None:
         return None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+    return max(0.0, (moment - now).total_seconds())
