@@ -38,6 +38,7 @@ from ai4all.config_places import (
 )
 from ai4all.errors import ConfigError
 from ai4all.models.sources import BENCHMARK_SHA256, BENCHMARK_SOURCE
+from ai4all.protocol.pins import format_pin, parse_pin
 
 if TYPE_CHECKING:
     from ai4all.backend.base import EngineOptions
@@ -74,7 +75,9 @@ def _no_boolean(value: object) -> object:
 
 
 def _from_commas(value: object) -> object:
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return [part for part in map(str.strip, value.split(",")) if part]
 
 
 def _expand(value: object) -> object:
@@ -94,10 +97,15 @@ def _no_credentials(url: str) -> str:
     return url
 
 
+def _pin(text: str) -> str:
+    return format_pin(parse_pin(text))
+
+
 _Int = Annotated[int, BeforeValidator(_no_boolean)]
 _Float = Annotated[float, BeforeValidator(_no_boolean)]
 _Path = Annotated[Path, BeforeValidator(_expand)]
 _Texts = Annotated[tuple[str, ...], BeforeValidator(_from_commas)]
+_Pins = Annotated[tuple[Annotated[str, AfterValidator(_pin)], ...], BeforeValidator(_from_commas)]
 _WebSocketUrl = Annotated[
     str,
     StringConstraints(pattern=r"^wss?://[^\s]+$", max_length=2048),
@@ -158,6 +166,8 @@ class CoordinatorSettings(_Section):
     """Permit ws:// to another machine, readable by everyone between."""
     ca_file: _Path | None = None
     """Certificates (PEM) of a private authority that signs for the coordinator."""
+    pin_sha256: _Pins = ()
+    """Public keys that the coordinator may have, whoever signs: SHA-256 in base64 or hex."""
 
 
 class WorkerSettings(_Section):

@@ -14,6 +14,7 @@ import logging.handlers
 import os
 import re
 import sys
+from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, cast
@@ -24,12 +25,15 @@ import ujson
 from ai4all.config import Settings
 from ai4all.errors import DataDirectoryError
 
-__all__ = ["configure_logging", "redact"]
+__all__ = ["configure_logging", "hide_secret", "redact"]
 
 REDACTED = "[redacted]"
 LOG_FILE = "ai4all-native.jsonl"
 
 _MAX_DEPTH = 8
+
+# What is shorter would be taken out of the middle of words, and is no secret.
+_MIN_SECRET = 4
 
 # Names of values that are never logged at any level...
 _SECRET_KEY = re.compile(
@@ -62,6 +66,10 @@ _LIBRARIES = {
     "urllib3": logging.WARNING,
     "websockets": logging.INFO,
 }
+
+# Secrets that came after logging was set up: tokens that were changed meanwhile. The oldest of many
+# is worth nothing any more.
+_newer_secrets: deque[str] = deque(maxlen=8)
 
 _Processor = Callable[[Any, str, MutableMapping[str, Any]], Any]
 
@@ -124,6 +132,12 @@ def configure_logging(
     )
 
 
+def hide_secret(secret: str) -> None:
+    """Keep one more secret out of every line, whatever logs it."""
+    if len(secret) >= _MIN_SECRET and secret not in _newer_secrets:
+        _newer_secrets.append(secret)
+
+
 def redact(value: Any, secrets: tuple[str, ...] = (), depth: int = 0) -> Any:
     """A copy of a logged value without what must not be in a log.
 
@@ -177,7 +191,7 @@ def _secrets(settings: Settings) -> tuple[str, ...]:
         # Whoever needs the token reports that its file cannot be read; here nothing can leak then.
         with contextlib.suppress(OSError):
             texts.append(settings.coordinator.token_file.read_text(errors="replace").strip())
-    return tuple(text for text in texts if len(text) >= 4)
+    return tuple(text for text in texts if len(text) >= _MIN_SECRET)
 
 
 def _formatter(
@@ -189,7 +203,7 @@ def _formatter(
         # After the traceback became text: it may quote anything.
         kept = {key: event[key] for key in ("_record", "_from_structlog") if key in event}
         rest = {key: value for key, value in event.items() if key not in kept}
-        return {**redact(rest, secrets), **kept}
+        return {**redact(rest, (*_newer_secrets, *secrets)), **kept}
 
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,

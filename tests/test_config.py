@@ -68,6 +68,7 @@ def test_every_setting_has_a_variable() -> None:
     texts = {
         "coordinator.url": "wss://example.org",
         "coordinator.token": "abc",
+        "coordinator.pin_sha256": f"{'a' * 64}, sha256//{'A' * 43}=",
         "worker.id": "8a7d9f3e-1c1f-4a7b-9a56-0f2d8c1b2a3d",
         "worker.model": "m",
         "engine.flash_attention": "on",
@@ -86,6 +87,10 @@ def test_every_setting_has_a_variable() -> None:
         assert settings.origin(row.key) == f"variable {variable}"
     listed = load_settings(environ={"AI4ALL_MODELS_ALLOWED_SOURCES": "pypi:, file:"})
     assert listed.models.allowed_sources == ("pypi:", "file:")
+    none = load_settings(environ={"AI4ALL_MODELS_ALLOWED_SOURCES": " , "})
+    assert none.models.allowed_sources == (), "an empty beginning would allow everything"
+    pinned = load_settings(environ={"AI4ALL_COORDINATOR_PIN_SHA256": "0" * 64})
+    assert pinned.coordinator.pin_sha256 == (f"sha256//{'A' * 43}=",)
 
 
 def test_an_empty_variable_is_none_at_all() -> None:
@@ -133,6 +138,7 @@ def test_where_the_file_is_looked_for(tmp_path: Path) -> None:
         ("[coordinator]\nreconnect_jitter = nan", "coordinator.reconnect_jitter", "number", 2),
         ("[coordinator]\nreconnect_jitter = 2", "coordinator.reconnect_jitter", "at most 1", 2),
         ("[coordinator]\ntoken = 'x'", "coordinator.token", "coordinator.token_file", 2),
+        ("[coordinator]\npin_sha256 = ['x']", "coordinator.pin_sha256", "of a public key", 2),
         ("[worker]\nid = 'me'", "worker.id", "must be a UUID", 2),
         ("[models]\nbenchmark_sha256 = 'x'", "models.benchmark_sha256", "64 hexadecimal", 2),
         ("[models]\nallowed_sources = [1]", "models.allowed_sources", "must be text", 2),

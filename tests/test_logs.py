@@ -16,7 +16,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from ai4all import logs
 from ai4all.config import Settings, load_settings
 from ai4all.errors import DataDirectoryError
-from ai4all.logs import REDACTED, configure_logging, redact
+from ai4all.logs import REDACTED, configure_logging, hide_secret, redact
 
 SECRET = "s3cret-c4nary-8f1b"
 
@@ -37,6 +37,7 @@ def _logging_as_it_was() -> Iterator[None]:
         logging.getLogger(name).setLevel(old)
     logging.captureWarnings(False)
     structlog.reset_defaults()
+    logs._newer_secrets.clear()
 
 
 def settings_for(tmp_path: Path, level: str = "debug", **more: object) -> Settings:
@@ -211,3 +212,15 @@ def test_redaction_leaves_the_rest_alone() -> None:
     loop: list[object] = []
     loop.append(loop)
     redact(loop)
+
+
+def test_a_secret_that_comes_later_is_hidden_too(tmp_path: Path) -> None:
+    configure_logging(settings_for(tmp_path))
+    hide_secret("n3wer-" + SECRET)
+    hide_secret("abc")
+    structlog.get_logger().info("said", words=f"n3wer-{SECRET} and {SECRET}, abc")
+    (line,) = lines(tmp_path)
+    assert line["words"] == f"{REDACTED} and {REDACTED}, abc"
+    for number in range(100):
+        hide_secret(f"token-{number}")
+    assert len(logs._newer_secrets) < 10

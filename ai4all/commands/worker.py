@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import ssl
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +21,10 @@ from ai4all.delivery.backoff import Attempts, Backoff
 from ai4all.delivery.spool import Spool
 from ai4all.errors import ConfigError
 from ai4all.first_run import prepare_data_dir
-from ai4all.logs import configure_logging
+from ai4all.logs import configure_logging, hide_secret
 from ai4all.protocol.codec import Limits
 from ai4all.protocol.connection import LinkOptions, check_url
+from ai4all.protocol.pins import parse_pin
 from ai4all.protocol.session import SessionOptions
 from ai4all.worker import Worker, WorkerOptions
 
@@ -168,16 +170,39 @@ def link_options(settings: Settings) -> LinkOptions:
     url = settings.coordinator_url()
     origin = settings.origin("coordinator.url")
     check_url(url, allow_insecure=coordinator.allow_insecure, origin=origin)
+    # Now, so that what is wrong with it shows at the start; again before each connection.
+    settings.coordinator_token()
     return LinkOptions(
         url=url,
-        token=settings.coordinator_token(),
+        token=lambda: _fresh_token(settings),
         allow_insecure=coordinator.allow_insecure,
         ssl_context=_private_authority(settings),
+        pins=_pins(settings),
         open_timeout=coordinator.open_timeout_ms / 1000.0,
         ping_interval=coordinator.ping_interval_ms / 1000.0,
         ping_timeout=coordinator.ping_timeout_ms / 1000.0,
         max_size=coordinator.max_message_bytes,
     )
+
+
+def _fresh_token(settings: Settings) -> str | None:
+    token = settings.coordinator_token()
+    if token is not None:
+        hide_secret(token)
+    return token
+
+
+def _pins(settings: Settings) -> frozenset[bytes]:
+    pins = settings.coordinator.pin_sha256
+    if not pins:
+        return frozenset()
+    key, origin = "coordinator.pin_sha256", settings.origin("coordinator.pin_sha256")
+    if not settings.coordinator_url().lower().startswith("wss:"):
+        raise ConfigError(key, "needs an address that begins with wss://", origin)
+    if importlib.util.find_spec("cryptography") is None:
+        problem = "needs a package more; run: pip install 'ai4all-native[pin]'"
+        raise ConfigError(key, problem, origin)
+    return frozenset(map(parse_pin, pins))
 
 
 def session_options(settings: Settings) -> SessionOptions:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import email.utils
 import functools
 import ipaddress
 import logging
@@ -19,7 +18,6 @@ import urllib.parse
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any, Final, Protocol
 
 import structlog
@@ -49,6 +47,8 @@ from ai4all.protocol.events import (
     VersionRefused,
 )
 from ai4all.protocol.guarded_socket import GuardedConnection
+from ai4all.protocol.pins import PinMismatch
+from ai4all.protocol.refusals import retry_after
 from ai4all.protocol.session import Session
 
 __all__ = [
@@ -105,9 +105,13 @@ class LinkOptions:
 
     Attributes:
         url: ``wss://`` or ``ws://``.
-        token: Sent as ``Authorization: Bearer`` in the handshake, and nowhere else.
+        token: Sent as ``Authorization: Bearer`` in the handshake, and nowhere else. A function is
+            asked before each connection, so that a token can be changed meanwhile; what it raises
+            as a ``ConfigError`` costs that attempt.
         allow_insecure: Permit ``ws://`` to another machine.
         ssl_context: For a private authority; None verifies against the system's authorities.
+        pins: The public keys that the coordinator may have (see ``pins``); empty: any that its
+            certificate is verified with.
         open_timeout: Bound on connecting and the handshake.
         ping_interval: Time between keepalive pings.
         ping_timeout: How long a pong may take.
@@ -117,9 +121,10 @@ class LinkOptions:
     """
 
     url: str
-    token: str | None = field(default=None, repr=False)
+    token: str | Callable[[], str | None] | None = field(default=None, repr=False)
     allow_insecure: bool = False
     ssl_context: ssl.SSLContext | None = field(default=None, repr=False)
+    pins: frozenset[bytes] = frozenset()
     open_timeout: float = 10.0
     ping_interval: float = 20.0
     ping_timeout: float = 20.0
@@ -208,9 +213,10 @@ def check_url(url: str, *, allow_insecure: bool = False, origin: str = "") -> No
 def is_retryable(exc: BaseException) -> bool:
     """Whether connecting again could end better, perhaps after patience.
 
-    An address that is no address and another version of the protocol stay what they are.
+    An address that is no address stays what it is. A coordinator that speaks another version may
+    have been put right by the time that it is asked again.
     """
-    if isinstance(exc, (InvalidURI, ConfigError, VersionMismatch, MaxReconnectsExceeded)):
+    if isinstance(exc, (InvalidURI, ConfigError, MaxReconnectsExceeded)):
         return False
     return isinstance(exc, (OSError, TimeoutError, InvalidHandshake, ConnectionClosed))
 
@@ -283,7 +289,7 @@ class Connection:
 
         Raises:
             ConfigError: The address or proxy cannot be used.
-            VersionMismatch: The coordinator speaks another major version.
+            VersionMismatch: As many attempts as there may be met another major version.
             RegistrationFailed: As many registrations as there may be attempts were refused.
             MaxReconnectsExceeded: As many attempts as there may be failed in a row.
         """
@@ -342,6 +348,9 @@ class Connection:
             # The text of a bad proxy may hold its password.
             what = "the proxy of this environment" if not isinstance(exc, InvalidURI) else "the URL"
             raise ConfigError(_URL_KEY, f"{what} cannot be used", "") from exc
+        except ConfigError as exc:
+            # The file of the token, perhaps just being written anew.
+            lost = _Lost(str(exc))
         except (OSError, TimeoutError, InvalidHandshake) as exc:
             lost = self._explain(exc)
         else:
@@ -469,13 +478,20 @@ class Connection:
         if isinstance(exc, InvalidStatus):
             status = exc.response.status_code
             reason = f"the coordinator answered the handshake with HTTP {status}"
-            asked = _retry_after(exc.response.headers.get("Retry-After"), self._clock.utc())
-            if asked is not None:
-                return _Lost(reason, asked)
+            # A header that comes twice is taken at its first.
+            asked, date = (
+                next(iter(exc.response.headers.get_all(name)), None)
+                for name in ("Retry-After", "Date")
+            )
+            wait = retry_after(asked, date, self._clock.utc())
+            if wait is not None:
+                return _Lost(reason, wait)
             # Only a person can cure these; asking again at once never does.
             return _Lost(reason, patience if 300 <= status < 500 else 0.0)
         if isinstance(exc, ssl.SSLCertVerificationError):
             return _Lost(f"its certificate was refused: {exc.verify_message}", patience)
+        if isinstance(exc, PinMismatch):
+            return _Lost(str(exc), patience)
         if isinstance(exc, TimeoutError):
             return _Lost(f"no connection within {self._options.open_timeout:g} s")
         return _Lost(f"{exc}" or type(exc).__name__)
@@ -489,17 +505,21 @@ async def dial_websocket(options: LinkOptions) -> Socket:
         TimeoutError: None within ``open_timeout``.
         InvalidHandshake: Refused.
         InvalidURI: The address is none.
+        ConfigError: The token cannot be had; nobody was asked anything.
     """
     parts = urllib.parse.urlsplit(options.url)
     arguments: dict[str, Any] = {
-        "create_connection": functools.partial(GuardedConnection, max_message=options.max_size)
+        "create_connection": functools.partial(
+            GuardedConnection, max_message=options.max_size, pins=options.pins
+        )
     }
     if parts.scheme.lower() == "wss" and options.ssl_context is not None:
         arguments["ssl"] = options.ssl_context
     if _is_loopback(parts.hostname or ""):
         # A proxy would look for the coordinator on its own machine.
         arguments["proxy"] = None
-    headers = {"Authorization": f"Bearer {options.token}"} if options.token else {}
+    token = options.token() if callable(options.token) else options.token
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
     socket = await _ConnectHere(
         options.url,
         additional_headers=headers,
@@ -534,18 +554,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:
         return False
-
-
-def _retry_after(value: str | None, now: datetime) -> float | None:
-    """Seconds of an HTTP ``Retry-After`` header (RFC 9110, section 10.2.3), if it can be read."""
-    if value is None:
-        return None
-    if value.isascii() and value.strip().isdigit():
-        return float(value)
-    try:
-        moment = email.utils.parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - now).total_seconds())

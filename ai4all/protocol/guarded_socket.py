@@ -2,7 +2,7 @@
 
 The library bounds the size of a message. This bounds what is left: pieces of a message without
 content, answers to pings that the other side never reads, and a link that was ended here but that
-the other side does not let go.
+the other side does not let go. It says nothing to a server whose key is not one of those pinned.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from websockets.asyncio.client import ClientConnection
 from websockets.frames import CloseCode, Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.protocol import State
+
+from ai4all.protocol.pins import check_pin
 
 __all__ = ["GuardedConnection"]
 
@@ -29,14 +31,32 @@ class GuardedConnection(ClientConnection):
 
     Args:
         max_message: Bytes of the longest message that we send.
+        pins: The public keys that the server may have; empty: any.
         arguments: Those of ``ClientConnection``.
     """
 
-    def __init__(self, *arguments: Any, max_message: int, **more: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        max_message: int,
+        pins: frozenset[bytes] = frozenset(),
+        **more: Any,
+    ) -> None:
         super().__init__(*arguments, **more)
+        self._pins = pins
         self._max_unread = max_message + MAX_UNREAD_BYTES
         self._fragments = 0
         self._is_ending = False
+
+    async def handshake(self, *arguments: Any, **more: Any) -> None:
+        """Look at the server's key, and only then send the request with the token in it.
+
+        Raises:
+            PinMismatch: It has another key.
+        """
+        if self._pins:
+            check_pin(self.transport.get_extra_info("ssl_object"), self._pins)
+        await super().handshake(*arguments, **more)
 
     def data_received(self, data: bytes) -> None:
         """Take bytes from the server, and see that they ask for nothing without end."""

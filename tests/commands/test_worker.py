@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import signal
 import socket
 from pathlib import Path
@@ -9,7 +10,12 @@ import pytest
 import ujson
 from command_line import Cli, fake_command
 
+from ai4all import logs
+from ai4all.commands.worker import link_options
+from ai4all.config import load_settings
 from ai4all.coordinator import EmbeddedCoordinator, Event, EventKind, TaskSpec
+from ai4all.errors import ConfigError
+from ai4all.logs import redact
 
 
 @pytest.mark.parametrize(
@@ -47,6 +53,37 @@ def test_certificates_that_are_none_are_named(
     done = cli("worker", "--coordinator", "wss://127.0.0.1:1")
     assert done.status == 2
     assert "AI4ALL_COORDINATOR_CA_FILE" in done.error_line
+
+
+def test_a_pin_needs_a_key_to_look_at(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AI4ALL_COORDINATOR_PIN_SHA256", "0" * 64)
+    done = cli("worker", "--coordinator", "ws://127.0.0.1:1")
+    assert done.status == 2
+    assert "coordinator.pin_sha256: needs an address that begins with wss://" in done.error_line
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    done = cli("worker", "--coordinator", "wss://127.0.0.1:1")
+    assert done.status == 2
+    assert "pip install 'ai4all-native[pin]'" in done.error_line
+
+
+def test_a_token_in_a_file_may_change_under_a_worker(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("first-token\n")
+    file.chmod(0o600)
+    overrides = {"coordinator.url": "wss://coordinator", "coordinator.token_file": file}
+    link = link_options(load_settings(None, overrides, environ={"AI4ALL_DATA_DIR": str(tmp_path)}))
+    assert callable(link.token)
+    assert link.token() == "first-token"
+    file.write_text("second-token")
+    assert link.token() == "second-token"
+    # What no line of settings ever held is in no log either.
+    assert "second-token" not in str(redact("sent second-token", tuple(logs._newer_secrets)))
+    file.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        link.token()
+    file.unlink()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        link.token()
 
 
 def test_attempts_that_run_out_are_one_clear_end(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

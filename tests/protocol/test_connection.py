@@ -24,7 +24,13 @@ from ai4all.errors import (
     VersionMismatch,
 )
 from ai4all.protocol.connection import Connection, LinkOptions, check_url, is_retryable
-from ai4all.protocol.events import HeartbeatDue, SessionEvent, SessionStarted, WorkAssigned
+from ai4all.protocol.events import (
+    HeartbeatDue,
+    SessionEvent,
+    SessionStarted,
+    VersionRefused,
+    WorkAssigned,
+)
 from ai4all.protocol.messages import EXTENSIONS, ResourceUsage
 from ai4all.protocol.session import Session
 from ai4all.types.task import BlockMetrics, TaskResult
@@ -359,16 +365,72 @@ async def test_a_refused_registration_is_patient_and_names_itself(
     assert policy.floors == [60.0] * 3
 
 
-async def test_another_version_is_not_tried_again(make_session: MakeSession) -> None:
+async def test_another_version_meets_patience_until_it_is_put_right(
+    make_session: MakeSession,
+) -> None:
+    other = {"major": 2, "minor": 0, "patch": 0}
+
+    async def script(connection: ServerConnection) -> None:
+        right = coordinator.connections > 2
+        await connection.send(registered(**({} if right else {"version": other})))
+        await connection.wait_closed()
+
+    coordinator = Coordinator(script)
+    policy = RecordingPolicy()
+    async with serving(coordinator), connected(make_session(), coordinator.url, policy) as link:
+        await link.saw(SessionStarted)
+        assert [type(e) for e in link.events].count(VersionRefused) == 2
+    assert coordinator.connections == 3
+    assert policy.floors == [0.0, 0.0]  # The default of these tests.
+
+
+async def test_attempts_that_all_meet_another_version_end_with_its_name(
+    make_session: MakeSession,
+) -> None:
     async def script(connection: ServerConnection) -> None:
         await connection.send(registered(version={"major": 2, "minor": 0, "patch": 0}))
         await connection.wait_closed()
 
     coordinator = Coordinator(script)
+    policy = RecordingPolicy(limit=2)
     async with serving(coordinator):
         with pytest.raises(VersionMismatch, match=r"2\.0\.0"):
-            await run_to_end(make_session(), coordinator.url, attempts())
-    assert coordinator.connections == 1
+            await run_to_end(make_session(), coordinator.url, policy)
+    assert policy.floors == [60.0] * 3
+    assert coordinator.connections == 3
+
+
+async def test_a_token_is_asked_for_before_each_connection(make_session: MakeSession) -> None:
+    answers = ["first", ConfigError("coordinator.token_file", "cannot be read", ""), "second"]
+
+    def token() -> str:
+        answer = answers.pop(0)
+        if isinstance(answer, ConfigError):
+            raise answer
+        return answer
+
+    coordinator = Coordinator(hold, refusals=[refusal(401)])
+    async with (
+        serving(coordinator),
+        connected(make_session(), coordinator.url, token=token) as link,
+    ):
+        await link.saw(SessionStarted)
+    assert answers == []
+    sent = [request.headers["Authorization"] for request in coordinator.requests]
+    assert sent == ["Bearer first", "Bearer second"]
+
+
+async def test_a_refusal_with_two_headers_of_a_name_is_one_refusal(
+    make_session: MakeSession,
+) -> None:
+    response = refusal(429, Retry_After="7")
+    response.headers["Retry-After"] = "8"
+    policy = RecordingPolicy(limit=0)
+    coordinator = Coordinator(hold, refusals=[response])
+    async with serving(coordinator):
+        with pytest.raises(MaxReconnectsExceeded, match="429"):
+            await run_to_end(make_session(), coordinator.url, policy)
+    assert policy.floors == [7.0]
 
 
 async def test_silence_after_register_ends_in_another_attempt(make_session: MakeSession) -> None:
@@ -534,7 +596,7 @@ def test_what_is_worth_another_attempt() -> None:
     assert is_retryable(ConnectionRefusedError())
     assert is_retryable(TimeoutError())
     assert is_retryable(RegistrationFailed("x", "y"))
-    assert not is_retryable(VersionMismatch("2.0.0", "1.0.0"))
+    assert is_retryable(VersionMismatch("2.0.0", "1.0.0"))
     assert not is_retryable(ConfigError("coordinator.url", "x", ""))
     assert not is_retryable(ZeroDivisionError())
 
