@@ -137,7 +137,10 @@ def quantize_file(source: Path, target: Path, type_name: str, threads: int) -> N
 
 
 def engine_build_line() -> str:
-    """The build in one line, such as ``llama.cpp 0c1e570 cpu avx2`` or ``… cpu avx2/haswell``."""
+    """The build in one line, such as ``llama.cpp 0c1e570 cpu avx2`` or ``… cpu avx2/haswell``.
+
+    All that changes a result's last bits is in it: ``interleaved`` says that kernels of ours are.
+    """
     info = _engine.build_info()
     backends = [name for name in info["backends"] if name != "CPU"]
     backend = ",".join(_BACKEND_NAMES.get(name, name.lower()) for name in backends) or "cpu"
@@ -145,7 +148,8 @@ def engine_build_line() -> str:
     level = next((f for f in ("AVX512", "AVX2", "AVX", "SVE", "NEON") if f in features), "generic")
     # Where a wheel brings several, the variant of the CPU kernels that was chosen here.
     variant = f"/{info['cpu_variant']}" if info.get("cpu_variant") else ""
-    return f"llama.cpp {info['llama_commit'][:7]} {backend} {level.lower()}{variant}"
+    ours = " interleaved" if "CPU_INTERLEAVED" in features else ""
+    return f"llama.cpp {info['llama_commit'][:7]} {backend} {level.lower()}{variant}{ours}"
 
 
 def _devices() -> tuple[DeviceInfo, ...]:

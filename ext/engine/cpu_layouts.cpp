@@ -1,6 +1,13 @@
 #include "cpu_layouts.h"
 
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+
 #include "ggml-backend.h"
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #ifdef AI4ALL_KERNELS
 #include "interleaved.h"
 #endif
@@ -28,6 +35,30 @@ std::vector<std::string> cpu_layouts() {
         }
     }
     return names;
+}
+
+void release_file_pages([[maybe_unused]] const std::string & path) noexcept {
+#ifdef __linux__
+    try {
+        char * const real = realpath(path.c_str(), nullptr);
+        if (!real) {
+            return;
+        }
+        const std::string name = std::string(" ") + real;
+        std::free(real);
+        std::ifstream maps("/proc/self/maps");
+        for (std::string line; std::getline(maps, line);) {
+            unsigned long begin = 0;
+            unsigned long end   = 0;
+            if (line.size() > name.size() && line.compare(line.size() - name.size(), name.size(), name) == 0 &&
+                std::sscanf(line.c_str(), "%lx-%lx", &begin, &end) == 2) {
+                (void)madvise(reinterpret_cast<void *>(begin), end - begin, MADV_DONTNEED);
+            }
+        }
+    } catch (const std::exception &) {
+        // The pages stay; the system takes them when it needs them.
+    }
+#endif
 }
 
 }  // namespace ai4all

@@ -13,4 +13,8 @@ void cpu_layouts_install();
 // Names of all layouts of this build on this CPU, such as CPU_REPACK.
 std::vector<std::string> cpu_layouts();
 
+// Let go of the pages of a mapped model file. Those of weights that were copied into another layout are
+// not needed again; the others come back from the system's cache when they are used.
+void release_file_pages(const std::string & path) noexcept;
+
 }  // namespace ai4all

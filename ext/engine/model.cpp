@@ -74,6 +74,9 @@ loaded_model::loaded_model(const load_params & params, const std::function<bool(
         throw engine_error(errc::load_failed, "encoder-decoder models are not supported");
     }
 
+    if (params.use_mmap) {
+        release_file_pages(params.path);
+    }
     cparams_                     = llama_context_default_params();
     cparams_.abort_callback      = abort;
     cparams_.abort_callback_data = abort_data;

@@ -12,6 +12,7 @@
 
 #include "interleaved.h"
 
+#include "attention.h"
 #include "ggml-backend-impl.h"
 #include "ggml-backend.h"
 #include "ggml-cpu-impl.h"
@@ -20,25 +21,24 @@
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
-#    define GGML_COMMON_DECL_CPP
-#    include <immintrin.h>
+#define GGML_COMMON_DECL_CPP
+#include <immintrin.h>
 
-#    include <algorithm>
-#    include <cstdint>
-#    include <cstring>
-#    include <vector>
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
 
-#    include "ggml-common.h"
+#include "ggml-common.h"
 
-#    ifdef __linux__
-#        include <sys/mman.h>
-#    endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace {
 
 constexpr int64_t lanes     = 8;   // rows side by side
 constexpr int64_t block     = 32;  // weights with a scale of their own, in both formats
-constexpr int64_t at_once   = 4;   // columns that share unpacked weights
 constexpr int64_t tile_cols = 64;  // columns that stay in the cache while rows go by
 
 // In both, four weights of a row stand together, so that one load has them of all eight rows.
@@ -64,7 +64,7 @@ struct column {
     const float *  sum;  // scale times the sum of the block's numbers
     const int8_t * qs;
 
-    static size_t size(int64_t k) { return static_cast<size_t>(k + 2 * (k / block) * (int64_t) sizeof(float)); }
+    static size_t size(int64_t k) { return static_cast<size_t>(k + 2 * (k / block) * (int64_t)sizeof(float)); }
     static column at(char * data, int64_t k) {
         float * scale = reinterpret_cast<float *>(data);
         return {scale, scale + k / block, reinterpret_cast<const int8_t *>(scale + 2 * (k / block))};
@@ -79,31 +79,37 @@ inline __m256i four_of(const int8_t * qs) {
 
 // Sums of products of four bytes each, unsigned with signed, onto eight 32-bit sums.
 inline __m256i add_products(__m256i sums, __m256i u, __m256i s) {
-#    if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
     return _mm256_dpbusd_epi32(sums, u, s);
-#    elif defined(__AVXVNNI__)
+#elif defined(__AVXVNNI__)
     return _mm256_dpbusd_avx_epi32(sums, u, s);
-#    else
+#else
     return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
-#    endif
+#endif
 }
 
 // The same for numbers below 16: eight of them, each twice 15 * 127 * 2 at most, fit in 16 bits, so
 // the widening can wait for the end of the block.
 inline __m256i add_small_products(__m256i sums, __m256i u, __m256i s) {
-#    if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
+#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
     return add_products(sums, u, s);
-#    else
+#else
     return _mm256_add_epi16(sums, _mm256_maddubs_epi16(u, s));
-#    endif
+#endif
 }
 
 inline __m256i widened(__m256i sums) {
-#    if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
+#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
     return sums;
-#    else
+#else
     return _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
-#    endif
+#endif
+}
+
+// Here and not later: a compiler that is free to reorder the additions keeps all products until the end
+// of the block, far more than there are registers.
+inline void settle(__m256i & x) {
+    __asm__("" : "+x"(x));
 }
 
 inline __m256 halves(const ggml_half * x) {
@@ -114,8 +120,11 @@ inline __m256i bytes(const void * x) {
     return _mm256_loadu_si256(static_cast<const __m256i *>(x));
 }
 
-// Eight rows by N columns.
-template <int N> void multiply(const q4_1_rows * w, int64_t n_blocks, const column * y, float * const * out) {
+// Eight rows by N columns, into the rows from `at` of each column. Not inlined: on its own, all of it
+// stays in registers.
+template <int N>
+__attribute__((noinline)) void multiply(const q4_1_rows * w, int64_t n_blocks, const column * y, float * const * out,
+                                        int64_t at) {
     const __m256i low = _mm256_set1_epi8(15);
     __m256        acc[N];
     for (int n = 0; n < N; ++n) {
@@ -134,6 +143,7 @@ template <int N> void multiply(const q4_1_rows * w, int64_t n_blocks, const colu
                 const int8_t * qs = y[n].qs + block * b + 4 * c;
                 sums[n]           = add_small_products(sums[n], first, four_of(qs));
                 sums[n]           = add_small_products(sums[n], second, four_of(qs + 16));
+                settle(sums[n]);
             }
         }
         const __m256 d = halves(w[b].d);
@@ -145,11 +155,13 @@ template <int N> void multiply(const q4_1_rows * w, int64_t n_blocks, const colu
         }
     }
     for (int n = 0; n < N; ++n) {
-        _mm256_storeu_ps(out[n], acc[n]);
+        _mm256_storeu_ps(out[n] + at, acc[n]);
     }
 }
 
-template <int N> void multiply(const q8_0_rows * w, int64_t n_blocks, const column * y, float * const * out) {
+template <int N>
+__attribute__((noinline)) void multiply(const q8_0_rows * w, int64_t n_blocks, const column * y, float * const * out,
+                                        int64_t at) {
     __m256 acc[N];
     for (int n = 0; n < N; ++n) {
         acc[n] = _mm256_setzero_ps();
@@ -166,6 +178,7 @@ template <int N> void multiply(const q8_0_rows * w, int64_t n_blocks, const colu
             for (int n = 0; n < N; ++n) {
                 const __m256i qs = four_of(y[n].qs + block * b + 4 * c);
                 sums[n]          = add_products(sums[n], sizes, _mm256_sign_epi8(qs, weights));
+                settle(sums[n]);
             }
         }
         const __m256 d = halves(w[b].d);
@@ -175,7 +188,7 @@ template <int N> void multiply(const q8_0_rows * w, int64_t n_blocks, const colu
         }
     }
     for (int n = 0; n < N; ++n) {
-        _mm256_storeu_ps(out[n], acc[n]);
+        _mm256_storeu_ps(out[n] + at, acc[n]);
     }
 }
 
@@ -202,19 +215,19 @@ void interleave(const block_q8_0 * const * rows, int64_t b, q8_0_rows & to) {
 
 // What a format's weights are multiplied with, as ggml has it.
 struct q4_1_format {
-    using file_block                        = block_q4_1;
-    using rows                              = q4_1_rows;
-    using activation                        = block_q8_1;
-    static constexpr ggml_type act_type     = GGML_TYPE_Q8_1;
+    using file_block                    = block_q4_1;
+    using rows                          = q4_1_rows;
+    using activation                    = block_q8_1;
+    static constexpr ggml_type act_type = GGML_TYPE_Q8_1;
     static float               scale(const activation & a) { return ggml_fp16_to_fp32(a.data.data.d); }
     static float               sum(const activation & a) { return ggml_fp16_to_fp32(a.data.data.s); }
 };
 
 struct q8_0_format {
-    using file_block                        = block_q8_0;
-    using rows                              = q8_0_rows;
-    using activation                        = block_q8_0;
-    static constexpr ggml_type act_type     = GGML_TYPE_Q8_0;
+    using file_block                    = block_q8_0;
+    using rows                          = q8_0_rows;
+    using activation                    = block_q8_0;
+    static constexpr ggml_type act_type = GGML_TYPE_Q8_0;
     static float               scale(const activation & a) { return ggml_fp16_to_fp32(a.d); }
     static float               sum(const activation &) { return 0.0f; }
 };
@@ -224,13 +237,14 @@ class layout : public ggml::cpu::tensor_traits {
     virtual void store(ggml_tensor * tensor, const void * data) = 0;
 };
 
-template <typename Format> class layout_of : public layout {
+template <typename Format>
+class layout_of : public layout {
   public:
     void store(ggml_tensor * tensor, const void * data) override {
-        using file_block         = typename Format::file_block;
-        const int64_t n_blocks   = tensor->ne[0] / block;
-        const auto *  from       = static_cast<const file_block *>(data);
-        auto *        to         = static_cast<typename Format::rows *>(tensor->data);
+        using file_block       = typename Format::file_block;
+        const int64_t n_blocks = tensor->ne[0] / block;
+        const auto *  from     = static_cast<const file_block *>(data);
+        auto *        to       = static_cast<typename Format::rows *>(tensor->data);
         for (int64_t row = 0; row < tensor->ne[1]; row += lanes) {
             const file_block * rows[lanes];
             for (int64_t r = 0; r < lanes; ++r) {
@@ -275,16 +289,16 @@ template <typename Format> class layout_of : public layout {
 
   private:
     void quantize(const ggml_compute_params * params, const ggml_tensor * src) {
-        constexpr int64_t     several = 16;
-        using activation              = typename Format::activation;
-        activation            some[several];
-        const auto            from_float = ggml_get_type_traits_cpu(Format::act_type)->from_float;
-        const int64_t         k          = src->ne[0];
-        const int64_t         n_blocks   = k / block;
-        const int64_t         total      = n_blocks * ggml_nrows(src);
-        const int64_t         end        = (params->ith + 1) * total / params->nth;
-        char * const          columns    = static_cast<char *>(params->wdata);
-        const size_t          stride     = column::size(k);
+        constexpr int64_t several = 16;
+        using activation          = typename Format::activation;
+        activation    some[several];
+        const auto    from_float = ggml_get_type_traits_cpu(Format::act_type)->from_float;
+        const int64_t k          = src->ne[0];
+        const int64_t n_blocks   = k / block;
+        const int64_t total      = n_blocks * ggml_nrows(src);
+        const int64_t end        = (params->ith + 1) * total / params->nth;
+        char * const  columns    = static_cast<char *>(params->wdata);
+        const size_t  stride     = column::size(k);
 
         for (int64_t at = params->ith * total / params->nth; at < end;) {
             const int64_t c = at / n_blocks;
@@ -313,34 +327,29 @@ template <typename Format> class layout_of : public layout {
     }
 
     void multiply_tile(const ggml_compute_params * params, const ggml_tensor * op, int64_t begin, int64_t end,
-                       int64_t first_col, int64_t last_col) {
+                       int64_t first, int64_t last) {
         const int64_t k        = op->src[0]->ne[0];
         const int64_t n_blocks = k / block;
+        const int64_t n_cols   = last - first;
         const auto *  weights  = static_cast<const typename Format::rows *>(op->src[0]->data);
+        column        y[tile_cols];
+        float *       out[tile_cols];
+        for (int64_t c = 0; c < n_cols; ++c) {
+            y[c]   = column::at(static_cast<char *>(params->wdata) + (first + c) * column::size(k), k);
+            out[c] = const_cast<float *>(row_of(op, first + c));
+        }
         for (int64_t g = begin; g < end; ++g) {
-            for (int64_t c = first_col; c < last_col; c += at_once) {
-                const int64_t n = std::min(at_once, last_col - c);
-                column        y[at_once];
-                float *       out[at_once];
-                for (int64_t i = 0; i < n; ++i) {
-                    y[i]   = column::at(static_cast<char *>(params->wdata) + (c + i) * column::size(k), k);
-                    out[i] = const_cast<float *>(row_of(op, c + i)) + g * lanes;
-                }
-                const auto * w = weights + g * n_blocks;
-                switch (n) {
-                    case 4:
-                        multiply<4>(w, n_blocks, y, out);
-                        break;
-                    case 3:
-                        multiply<3>(w, n_blocks, y, out);
-                        break;
-                    case 2:
-                        multiply<2>(w, n_blocks, y, out);
-                        break;
-                    default:
-                        multiply<1>(w, n_blocks, y, out);
-                        break;
-                }
+            const auto *  w  = weights + g * n_blocks;
+            const int64_t at = g * lanes;
+            int64_t       c  = 0;
+            for (; c + 4 <= n_cols; c += 4) {
+                multiply<4>(w, n_blocks, y + c, out + c, at);
+            }
+            switch (n_cols - c) {
+                case 3: multiply<3>(w, n_blocks, y + c, out + c, at); break;
+                case 2: multiply<2>(w, n_blocks, y + c, out + c, at); break;
+                case 1: multiply<1>(w, n_blocks, y + c, out + c, at); break;
+                default: break;
             }
         }
     }
@@ -352,9 +361,9 @@ layout * layout_for(const ggml_tensor * weight) {
     if (ggml_n_dims(weight) != 2 || weight->ne[1] % lanes != 0) {
         return nullptr;
     }
-    return weight->type == GGML_TYPE_Q4_1 ? static_cast<layout *>(&q4_1) :
-           weight->type == GGML_TYPE_Q8_0 ? static_cast<layout *>(&q8_0) :
-                                            nullptr;
+    return weight->type == GGML_TYPE_Q4_1   ? static_cast<layout *>(&q4_1)
+           : weight->type == GGML_TYPE_Q8_0 ? static_cast<layout *>(&q8_0)
+                                            : nullptr;
 }
 
 // The buffer type.
@@ -380,15 +389,15 @@ ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size)
     if (!buffer) {
         return nullptr;
     }
-#    ifdef __linux__
+#ifdef __linux__
     // Weights are read from end to end: large pages spare the look-ups. Where there are none, nothing is lost.
-    constexpr uintptr_t page  = 4096;
-    const auto          begin = (reinterpret_cast<uintptr_t>(ggml_backend_buffer_get_base(buffer)) + page - 1) & ~(page - 1);
-    const auto          end   = (reinterpret_cast<uintptr_t>(ggml_backend_buffer_get_base(buffer)) + size) & ~(page - 1);
+    constexpr uintptr_t page = 4096;
+    const auto begin = (reinterpret_cast<uintptr_t>(ggml_backend_buffer_get_base(buffer)) + page - 1) & ~(page - 1);
+    const auto end   = (reinterpret_cast<uintptr_t>(ggml_backend_buffer_get_base(buffer)) + size) & ~(page - 1);
     if (end > begin) {
-        (void) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
+        (void)madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
     }
-#    endif
+#endif
     buffer->buft              = type;
     buffer->iface.init_tensor = init_tensor;
     buffer->iface.set_tensor  = set_tensor;
@@ -410,7 +419,11 @@ class interleaved_kind : public ggml::cpu::extra_buffer_type {
                src->nb[0] == sizeof(float) && (!src->buffer || ggml_backend_buft_is_host(src->buffer->buft));
     }
 
+    // ggml asks for every operation, whatever it works on.
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
+        if (op->op == GGML_OP_FLASH_ATTN_EXT) {
+            return ai4all::kernels::attention_for(op);
+        }
         const ggml_tensor * weight = op->src[0];
         if (op->op != GGML_OP_MUL_MAT || !weight->buffer || weight->buffer->buft != interleaved_type()) {
             return nullptr;
@@ -436,16 +449,16 @@ extern "C" void ai4all_register_interleaved(void) {
         ggml_backend_cpu_get_extra_buffer_types().push_back(interleaved_type());
         return true;
     }();
-    (void) registered;
+    (void)registered;
 }
 
-#    ifdef GGML_BACKEND_DL
+#ifdef GGML_BACKEND_DL
 // ggml-cpu is a library that is loaded at run time, and nobody can call into it by name.
 [[maybe_unused]] static const bool registered_at_load = [] {
     ai4all_register_interleaved();
     return true;
 }();
-#    endif
+#endif
 
 #else
 
