@@ -39,7 +39,12 @@ STOREY_OF = {room: number for number, rooms in enumerate(STOREYS) for room in ro
 
 # What decides and what is said must run without a loop, a socket and an engine.
 PURE = ("types", "protocol")
-IMPURE_FILES = ("protocol/connection.py", "protocol/guarded_socket.py")
+# The one shell around the session, and the socket that it opens.
+IMPURE_FILES = (
+    "protocol/connection.py",
+    "protocol/guarded_socket.py",
+    "protocol/steady_socket.py",
+)
 NEVER_IN_PURE = {"asyncio", "websockets", "threading", "socket", "ai4all._engine"}
 DOOR_TO_NATIVE_CODE = "backend/native.py"
 
