@@ -38,9 +38,8 @@ def shortcomings(found: Findings, blocks: int, disconnects: int) -> list[str]:
     short = []
     if found.blocks < blocks or found.disconnects < disconnects:
         short.append(f"{found.disconnects} disconnects over {found.blocks} blocks are too few")
-    for name in ("lost", "accepted_twice", "recomputed", "left"):
-        if count := getattr(found, name):
-            short.append(f"{name}: {count}")
+    counts = ("lost", "accepted_twice", "recomputed", "left")
+    short += [f"{name}: {getattr(found, name)}" for name in counts if getattr(found, name)]
     if found.violations:
         short.append(f"the coordinator did not understand: {found.violations[0]}")
     return short
