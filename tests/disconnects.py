@@ -48,7 +48,10 @@ def shortcomings(found: Findings, blocks: int, disconnects: int) -> list[str]:
 async def measure(blocks: int, disconnects: int, seed: int, console: Console) -> Findings:
     """Half of it with a coordinator that speaks all extensions, half with one that has none."""
     found = Findings()
-    with tempfile.TemporaryDirectory() as folder, Progress(console=console) as progress:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+    ):
         bar = progress.add_task("cutting links", total=disconnects)
         for strict_seed in (False, True):
             before, place = found.disconnects, Path(folder) / str(strict_seed)
