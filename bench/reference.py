@@ -24,7 +24,7 @@ BUILD = ROOT / "build" / "reference"
 PROGRAMS = ("llama-completion", "llama-bench", "llama-batched-bench", "llama-server")
 
 # Paths of the archive beyond those that the engine needs.
-_MORE_PATHS = ["tools", "app"]
+_MORE_PATHS = ["tools", "app", "scripts"]
 
 
 def _sync_module() -> ModuleType:
@@ -40,16 +40,17 @@ def unpack() -> Path:
     """Unpack the pinned source with its programs; return its folder."""
     sync = _sync_module()
     pin = sync.read_pin()
+    pin |= {"kept": pin["kept"] + _MORE_PATHS}
     stamp = SOURCE / sync.STAMP
-    if stamp.is_file() and stamp.read_text().strip() == pin["sha256"]:
+    if stamp.is_file() and stamp.read_text() == sync.stamp_of(pin):
         return SOURCE
     SOURCE.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=SOURCE.parent) as temporary:
         archive = sync.download(pin, Path(temporary))
         sync.check(archive, pin["sha256"])
         fresh = Path(temporary) / "tree"
-        sync.unpack(archive, pin | {"kept": pin["kept"] + _MORE_PATHS}, fresh)
-        (fresh / sync.STAMP).write_text(pin["sha256"])
+        sync.unpack(archive, pin, fresh)
+        (fresh / sync.STAMP).write_text(sync.stamp_of(pin))
         shutil.rmtree(SOURCE, ignore_errors=True)
         fresh.rename(SOURCE)
     return SOURCE
