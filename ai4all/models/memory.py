@@ -59,7 +59,7 @@ _REPACKED = (
     ({"NEON", "DOTPROD"}, {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "MXFP4", "Q8_0"}),
     ({"NEON", "MATMUL_INT8"}, {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q1_0"}),
     ({"AMX_INT8"}, {"Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"}),
-    ({"CPU_INTERLEAVED"}, {"Q4_1", "Q8_0"}),
+    ({"CPU_INTERLEAVED"}, {"Q4_1"}),
 )
 _WITHOUT_REPACK = ({"AMX_INT8"}, {"CPU_INTERLEAVED"})
 _ROWS_TOGETHER = {"Q8_0": 4}

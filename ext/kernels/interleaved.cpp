@@ -1,18 +1,16 @@
-// Matrix products over weights of which eight rows lie side by side: Q4_1 and Q8_0 on x86.
+// Matrix products over Q4_1 weights of which eight rows lie side by side, on x86.
 //
-// A dot product of two rows ends in a sum over the lanes of a register, converts and scales once for
-// each row, and unpacks the weights again for each column. With eight rows in the eight lanes there is
-// nothing to sum over lanes, one conversion serves eight rows, and unpacked weights serve four columns.
-// ggml-cpu does so for some formats and not for these two; what it offers to all is an extra buffer
-// type, which decides how a weight is stored and what multiplies by it. This is one. It is compiled
-// into ggml-cpu's own target, with its flags.
+// ggml multiplies this format a row by a column at a time: it converts both scales and unpacks the
+// weights again for each of them. With eight rows stored together, one instruction converts eight
+// scales, and unpacked weights serve up to four columns. ggml-cpu does so for some formats and not for
+// this one; what it offers to all is an extra buffer type, which decides how a weight is stored and what
+// multiplies by it. This is one. It is compiled into ggml-cpu's own target, with its flags.
 //
-// Activations are quantized by ggml's own functions and the integer sums are exact, so a result
-// differs from ggml's by the order of additions alone.
+// Each product is summed as ggml sums it: eight partial sums, block after block, with the same
+// roundings, so a result is the same to the last bit and so is what a model says. A test holds that.
 
 #include "interleaved.h"
 
-#include "attention.h"
 #include "ggml-backend-impl.h"
 #include "ggml-backend.h"
 #include "ggml-cpu-impl.h"
@@ -38,79 +36,31 @@
 namespace {
 
 constexpr int64_t lanes     = 8;   // rows side by side
-constexpr int64_t block     = 32;  // weights with a scale of their own, in both formats
+constexpr int64_t block     = 32;  // weights with a scale of their own
 constexpr int64_t tile_cols = 64;  // columns that stay in the cache while rows go by
 
-// In both, four weights of a row stand together, so that one load has them of all eight rows.
-
-struct q4_1_rows {
+struct group_block {
     ggml_half d[lanes];
     ggml_half m[lanes];
-    uint8_t   qs[lanes * block / 2];  // by four: of each byte the low half is weight j, the high j + 16
+    uint8_t   qs[lanes / 2][block];  // of each byte the low half is of the even row, the high of the odd
 };
 
-struct q8_0_rows {
-    ggml_half d[lanes];
-    int8_t    qs[lanes * block];
-};
+static_assert(sizeof(group_block) == lanes * sizeof(block_q4_1), "the layout takes no more than the file's");
 
-static_assert(sizeof(q4_1_rows) == lanes * sizeof(block_q4_1), "the layout takes no more than the file's");
-static_assert(sizeof(q8_0_rows) == lanes * sizeof(block_q8_0), "the layout takes no more than the file's");
-
-// One column of activations, quantized: `n` blocks. Scales apart from the numbers: both are read with
-// one instruction each.
+// One column of activations, quantized. Scales apart from the numbers: each is read with one instruction.
 struct column {
     const float *  scale;
     const float *  sum;  // scale times the sum of the block's numbers
     const int8_t * qs;
 
-    static size_t size(int64_t k) { return static_cast<size_t>(k + 2 * (k / block) * (int64_t)sizeof(float)); }
+    static size_t size(int64_t k) {
+        return static_cast<size_t>(k + 2 * (k / block) * static_cast<int64_t>(sizeof(float)));
+    }
     static column at(char * data, int64_t k) {
         float * scale = reinterpret_cast<float *>(data);
         return {scale, scale + k / block, reinterpret_cast<const int8_t *>(scale + 2 * (k / block))};
     }
 };
-
-inline __m256i four_of(const int8_t * qs) {
-    int32_t value;
-    std::memcpy(&value, qs, sizeof(value));
-    return _mm256_set1_epi32(value);
-}
-
-// Sums of products of four bytes each, unsigned with signed, onto eight 32-bit sums.
-inline __m256i add_products(__m256i sums, __m256i u, __m256i s) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpbusd_epi32(sums, u, s);
-#elif defined(__AVXVNNI__)
-    return _mm256_dpbusd_avx_epi32(sums, u, s);
-#else
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
-#endif
-}
-
-// The same for numbers below 16: eight of them, each twice 15 * 127 * 2 at most, fit in 16 bits, so
-// the widening can wait for the end of the block.
-inline __m256i add_small_products(__m256i sums, __m256i u, __m256i s) {
-#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
-    return add_products(sums, u, s);
-#else
-    return _mm256_add_epi16(sums, _mm256_maddubs_epi16(u, s));
-#endif
-}
-
-inline __m256i widened(__m256i sums) {
-#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
-    return sums;
-#else
-    return _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
-#endif
-}
-
-// Here and not later: a compiler that is free to reorder the additions keeps all products until the end
-// of the block, far more than there are registers.
-inline void settle(__m256i & x) {
-    __asm__("" : "+x"(x));
-}
 
 inline __m256 halves(const ggml_half * x) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(x)));
@@ -120,144 +70,110 @@ inline __m256i bytes(const void * x) {
     return _mm256_loadu_si256(static_cast<const __m256i *>(x));
 }
 
-// Eight rows by N columns, into the rows from `at` of each column. Not inlined: on its own, all of it
-// stays in registers.
-template <int N>
-__attribute__((noinline)) void multiply(const q4_1_rows * w, int64_t n_blocks, const column * y, float * const * out,
-                                        int64_t at) {
+// Products of unsigned with signed bytes, summed by four.
+inline __m256 products(__m256i u, __m256i s) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_cvtepi32_ps(_mm256_dpbusd_epi32(_mm256_setzero_si256(), u, s));
+#elif defined(__AVXVNNI__)
+    return _mm256_cvtepi32_ps(_mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), u, s));
+#else
+    return _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+#endif
+}
+
+// Now and not later: a compiler that is free to reorder computes more at once than there are registers.
+inline void settle(__m256 & x) {
+    __asm__("" : "+x"(x));
+}
+
+// The eight partial sums of one product, in the order in which ggml adds them.
+inline float sum_of(__m256 x) {
+    __m128 sums = _mm_add_ps(_mm256_extractf128_ps(x, 1), _mm256_castps256_ps128(x));
+    sums        = _mm_add_ps(sums, _mm_movehl_ps(sums, sums));
+    return _mm_cvtss_f32(_mm_add_ss(sums, _mm_movehdup_ps(sums)));
+}
+
+// Some pairs of a group's rows by N columns: 2 * Pairs * N products at once, which is what the registers
+// hold.
+template <int Pairs, int N>
+inline void multiply_rows(const group_block * w, int64_t n_blocks, int pair, const float * scales, const column * y,
+                          float (*sums)[lanes]) {
     const __m256i low = _mm256_set1_epi8(15);
-    __m256        acc[N];
-    for (int n = 0; n < N; ++n) {
-        acc[n] = _mm256_setzero_ps();
+    __m256        acc[2 * Pairs][N];
+    for (auto & row : acc) {
+        for (__m256 & one : row) {
+            one = _mm256_setzero_ps();
+        }
     }
     for (int64_t b = 0; b < n_blocks; ++b) {
-        __m256i sums[N];
-        for (int n = 0; n < N; ++n) {
-            sums[n] = _mm256_setzero_si256();
-        }
-        for (int64_t c = 0; c < 4; ++c) {
-            const __m256i packed = bytes(w[b].qs + 32 * c);
-            const __m256i first  = _mm256_and_si256(packed, low);
-            const __m256i second = _mm256_and_si256(_mm256_srli_epi16(packed, 4), low);
+        for (int p = 0; p < Pairs; ++p) {
+            const __m256i two  = bytes(w[b].qs[pair + p]);
+            const __m256i even = _mm256_and_si256(two, low);
+            const __m256i odd  = _mm256_and_si256(_mm256_srli_epi16(two, 4), low);
+            const float * d    = scales + b * lanes + 2 * (pair + p);
             for (int n = 0; n < N; ++n) {
-                const int8_t * qs = y[n].qs + block * b + 4 * c;
-                sums[n]           = add_small_products(sums[n], first, four_of(qs));
-                sums[n]           = add_small_products(sums[n], second, four_of(qs + 16));
-                settle(sums[n]);
+                const __m256  scale = _mm256_broadcast_ss(y[n].scale + b);
+                const __m256i qs    = bytes(y[n].qs + b * block);
+                acc[2 * p][n] =
+                    _mm256_fmadd_ps(_mm256_mul_ps(_mm256_broadcast_ss(d), scale), products(even, qs), acc[2 * p][n]);
+                acc[2 * p + 1][n] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_broadcast_ss(d + 1), scale), products(odd, qs),
+                                                    acc[2 * p + 1][n]);
+                if (N > 2) {
+                    settle(acc[2 * p][n]);
+                    settle(acc[2 * p + 1][n]);
+                }
             }
         }
-        const __m256 d = halves(w[b].d);
+    }
+    for (int r = 0; r < 2 * Pairs; ++r) {
+        for (int n = 0; n < N; ++n) {
+            sums[n][2 * pair + r] = sum_of(acc[r][n]);
+        }
+    }
+}
+
+// A group of eight rows by N columns, into the rows from `at` of each. `scales` is room for those of the
+// group. Not inlined: on its own, all of it stays in registers.
+template <int N>
+__attribute__((noinline)) void multiply(const group_block * w, int64_t n_blocks, const column * y, float * scales,
+                                        float * const * out, int64_t at) {
+    constexpr int pairs = N == 1 ? 2 : 1;
+    __m256        offsets[N];
+    float         sums[N][lanes];
+    for (int n = 0; n < N; ++n) {
+        offsets[n] = _mm256_setzero_ps();
+    }
+    for (int64_t b = 0; b < n_blocks; ++b) {
+        _mm256_storeu_ps(scales + b * lanes, halves(w[b].d));
         const __m256 m = halves(w[b].m);
         for (int n = 0; n < N; ++n) {
-            const __m256 scale = _mm256_mul_ps(d, _mm256_broadcast_ss(y[n].scale + b));
-            acc[n]             = _mm256_fmadd_ps(_mm256_cvtepi32_ps(widened(sums[n])), scale, acc[n]);
-            acc[n]             = _mm256_fmadd_ps(m, _mm256_broadcast_ss(y[n].sum + b), acc[n]);
+            offsets[n] = _mm256_fmadd_ps(m, _mm256_broadcast_ss(y[n].sum + b), offsets[n]);
         }
+    }
+    for (int pair = 0; pair < 4; pair += pairs) {
+        multiply_rows<pairs, N>(w, n_blocks, pair, scales, y, sums);
     }
     for (int n = 0; n < N; ++n) {
-        _mm256_storeu_ps(out[n] + at, acc[n]);
+        _mm256_storeu_ps(out[n] + at, _mm256_add_ps(_mm256_loadu_ps(sums[n]), offsets[n]));
     }
 }
-
-template <int N>
-__attribute__((noinline)) void multiply(const q8_0_rows * w, int64_t n_blocks, const column * y, float * const * out,
-                                        int64_t at) {
-    __m256 acc[N];
-    for (int n = 0; n < N; ++n) {
-        acc[n] = _mm256_setzero_ps();
-    }
-    for (int64_t b = 0; b < n_blocks; ++b) {
-        __m256i sums[N];
-        for (int n = 0; n < N; ++n) {
-            sums[n] = _mm256_setzero_si256();
-        }
-        for (int64_t c = 0; c < 8; ++c) {
-            // The instruction wants one side unsigned: the weight's sign goes over to the activation.
-            const __m256i weights = bytes(w[b].qs + 32 * c);
-            const __m256i sizes   = _mm256_abs_epi8(weights);
-            for (int n = 0; n < N; ++n) {
-                const __m256i qs = four_of(y[n].qs + block * b + 4 * c);
-                sums[n]          = add_products(sums[n], sizes, _mm256_sign_epi8(qs, weights));
-                settle(sums[n]);
-            }
-        }
-        const __m256 d = halves(w[b].d);
-        for (int n = 0; n < N; ++n) {
-            const __m256 scale = _mm256_mul_ps(d, _mm256_broadcast_ss(y[n].scale + b));
-            acc[n]             = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[n]), scale, acc[n]);
-        }
-    }
-    for (int n = 0; n < N; ++n) {
-        _mm256_storeu_ps(out[n] + at, acc[n]);
-    }
-}
-
-void interleave(const block_q4_1 * const * rows, int64_t b, q4_1_rows & to) {
-    for (int64_t r = 0; r < lanes; ++r) {
-        const block_q4_1 & from = rows[r][b];
-        std::memcpy(&to.d[r], &from.data.data.d, sizeof(ggml_half));
-        std::memcpy(&to.m[r], &from.data.data.m, sizeof(ggml_half));
-        for (int64_t c = 0; c < 4; ++c) {
-            std::memcpy(to.qs + 32 * c + 4 * r, from.qs + 4 * c, 4);
-        }
-    }
-}
-
-void interleave(const block_q8_0 * const * rows, int64_t b, q8_0_rows & to) {
-    for (int64_t r = 0; r < lanes; ++r) {
-        const block_q8_0 & from = rows[r][b];
-        to.d[r]                 = from.d;
-        for (int64_t c = 0; c < 8; ++c) {
-            std::memcpy(to.qs + 32 * c + 4 * r, from.qs + 4 * c, 4);
-        }
-    }
-}
-
-// What a format's weights are multiplied with, as ggml has it.
-struct q4_1_format {
-    using file_block                    = block_q4_1;
-    using rows                          = q4_1_rows;
-    using activation                    = block_q8_1;
-    static constexpr ggml_type act_type = GGML_TYPE_Q8_1;
-    static float               scale(const activation & a) { return ggml_fp16_to_fp32(a.data.data.d); }
-    static float               sum(const activation & a) { return ggml_fp16_to_fp32(a.data.data.s); }
-};
-
-struct q8_0_format {
-    using file_block                    = block_q8_0;
-    using rows                          = q8_0_rows;
-    using activation                    = block_q8_0;
-    static constexpr ggml_type act_type = GGML_TYPE_Q8_0;
-    static float               scale(const activation & a) { return ggml_fp16_to_fp32(a.d); }
-    static float               sum(const activation &) { return 0.0f; }
-};
 
 class layout : public ggml::cpu::tensor_traits {
   public:
-    virtual void store(ggml_tensor * tensor, const void * data) = 0;
-};
-
-template <typename Format>
-class layout_of : public layout {
-  public:
-    void store(ggml_tensor * tensor, const void * data) override {
-        using file_block       = typename Format::file_block;
+    // Weights from the order of the file.
+    void store(ggml_tensor * tensor, const void * data) {
         const int64_t n_blocks = tensor->ne[0] / block;
-        const auto *  from     = static_cast<const file_block *>(data);
-        auto *        to       = static_cast<typename Format::rows *>(tensor->data);
+        const auto *  from     = static_cast<const block_q4_1 *>(data);
+        auto *        to       = static_cast<group_block *>(tensor->data);
         for (int64_t row = 0; row < tensor->ne[1]; row += lanes) {
-            const file_block * rows[lanes];
-            for (int64_t r = 0; r < lanes; ++r) {
-                rows[r] = from + (row + r) * n_blocks;
-            }
             for (int64_t b = 0; b < n_blocks; ++b) {
-                interleave(rows, b, *to++);
+                interleave(from + row * n_blocks + b, n_blocks, *to++);
             }
         }
     }
 
-    bool work_size(int, const ggml_tensor * op, size_t & size) override {
-        size = column::size(op->src[1]->ne[0]) * static_cast<size_t>(ggml_nrows(op->src[1]));
+    bool work_size(int n_threads, const ggml_tensor * op, size_t & size) override {
+        size = columns_size(op) + n_threads * scales_size(op);
         return op->op == GGML_OP_MUL_MAT;
     }
 
@@ -265,12 +181,11 @@ class layout_of : public layout {
         if (op->op != GGML_OP_MUL_MAT) {
             return false;
         }
-        const ggml_tensor * src      = op->src[1];
-        const int64_t       n_groups = op->src[0]->ne[1] / lanes;
-        const int64_t       n_cols   = ggml_nrows(src);
-        GGML_ASSERT(params->wsize >= column::size(src->ne[0]) * static_cast<size_t>(n_cols));
+        const int64_t n_groups = op->src[0]->ne[1] / lanes;
+        const int64_t n_cols   = ggml_nrows(op->src[1]);
+        GGML_ASSERT(params->wsize >= columns_size(op) + params->nth * scales_size(op));
 
-        quantize(params, src);
+        quantize(params, op->src[1]);
         // A thread that is held up takes fewer of the chunks.
         const int64_t n_chunks = std::min<int64_t>(n_groups, params->nth == 1 ? 1 : 4 * params->nth);
         if (params->ith == 0) {
@@ -288,17 +203,39 @@ class layout_of : public layout {
     }
 
   private:
-    void quantize(const ggml_compute_params * params, const ggml_tensor * src) {
+    // One block of eight rows; `from` is that of the first, the others follow `stride` blocks apart.
+    static void interleave(const block_q4_1 * from, int64_t stride, group_block & to) {
+        for (int64_t r = 0; r < lanes; ++r) {
+            std::memcpy(&to.d[r], &from[r * stride].data.data.d, sizeof(ggml_half));
+            std::memcpy(&to.m[r], &from[r * stride].data.data.m, sizeof(ggml_half));
+        }
+        for (int64_t p = 0; p < lanes / 2; ++p) {
+            const uint8_t * even = from[2 * p * stride].qs;
+            const uint8_t * odd  = from[(2 * p + 1) * stride].qs;
+            for (int64_t i = 0; i < block / 2; ++i) {
+                to.qs[p][i]             = static_cast<uint8_t>((even[i] & 15) | (odd[i] << 4));
+                to.qs[p][i + block / 2] = static_cast<uint8_t>((even[i] >> 4) | (odd[i] & 0xf0));
+            }
+        }
+    }
+
+    // The work buffer: all columns, then the scales of one group of rows for each thread.
+    static size_t columns_size(const ggml_tensor * op) {
+        return column::size(op->src[1]->ne[0]) * static_cast<size_t>(ggml_nrows(op->src[1]));
+    }
+    static size_t scales_size(const ggml_tensor * op) {
+        return static_cast<size_t>(op->src[1]->ne[0] / block * lanes) * sizeof(float);
+    }
+
+    static void quantize(const ggml_compute_params * params, const ggml_tensor * src) {
         constexpr int64_t several = 16;
-        using activation          = typename Format::activation;
-        activation    some[several];
-        const auto    from_float = ggml_get_type_traits_cpu(Format::act_type)->from_float;
-        const int64_t k          = src->ne[0];
-        const int64_t n_blocks   = k / block;
-        const int64_t total      = n_blocks * ggml_nrows(src);
-        const int64_t end        = (params->ith + 1) * total / params->nth;
-        char * const  columns    = static_cast<char *>(params->wdata);
-        const size_t  stride     = column::size(k);
+        block_q8_1        some[several];
+        const auto        from_float = ggml_get_type_traits_cpu(GGML_TYPE_Q8_1)->from_float;
+        const int64_t     k          = src->ne[0];
+        const int64_t     n_blocks   = k / block;
+        const int64_t     total      = n_blocks * ggml_nrows(src);
+        const int64_t     end        = (params->ith + 1) * total / params->nth;
+        char * const      columns    = static_cast<char *>(params->wdata);
 
         for (int64_t at = params->ith * total / params->nth; at < end;) {
             const int64_t c = at / n_blocks;
@@ -306,12 +243,12 @@ class layout_of : public layout {
             const int64_t n = std::min({several, n_blocks - b, end - at});
             from_float(row_of(src, c) + b * block, some, n * block);
 
-            float *  scale = reinterpret_cast<float *>(columns + c * stride);
+            float *  scale = reinterpret_cast<float *>(columns + c * column::size(k));
             float *  sum   = scale + n_blocks;
             int8_t * qs    = reinterpret_cast<int8_t *>(sum + n_blocks);
             for (int64_t i = 0; i < n; ++i) {
-                scale[b + i] = Format::scale(some[i]);
-                sum[b + i]   = Format::sum(some[i]);
+                scale[b + i] = ggml_fp16_to_fp32(some[i].data.data.d);
+                sum[b + i]   = ggml_fp16_to_fp32(some[i].data.data.s);
                 std::memcpy(qs + (b + i) * block, some[i].qs, block);
             }
             at += n;
@@ -326,16 +263,18 @@ class layout_of : public layout {
                                                i2 * src->nb[2] + i3 * src->nb[3]);
     }
 
-    void multiply_tile(const ggml_compute_params * params, const ggml_tensor * op, int64_t begin, int64_t end,
-                       int64_t first, int64_t last) {
+    static void multiply_tile(const ggml_compute_params * params, const ggml_tensor * op, int64_t begin, int64_t end,
+                              int64_t first, int64_t last) {
         const int64_t k        = op->src[0]->ne[0];
         const int64_t n_blocks = k / block;
         const int64_t n_cols   = last - first;
-        const auto *  weights  = static_cast<const typename Format::rows *>(op->src[0]->data);
+        const auto *  weights  = static_cast<const group_block *>(op->src[0]->data);
+        char * const  data     = static_cast<char *>(params->wdata);
+        auto *        scales   = reinterpret_cast<float *>(data + columns_size(op) + params->ith * scales_size(op));
         column        y[tile_cols];
         float *       out[tile_cols];
         for (int64_t c = 0; c < n_cols; ++c) {
-            y[c]   = column::at(static_cast<char *>(params->wdata) + (first + c) * column::size(k), k);
+            y[c]   = column::at(data + (first + c) * column::size(k), k);
             out[c] = const_cast<float *>(row_of(op, first + c));
         }
         for (int64_t g = begin; g < end; ++g) {
@@ -343,12 +282,12 @@ class layout_of : public layout {
             const int64_t at = g * lanes;
             int64_t       c  = 0;
             for (; c + 4 <= n_cols; c += 4) {
-                multiply<4>(w, n_blocks, y + c, out + c, at);
+                multiply<4>(w, n_blocks, y + c, scales, out + c, at);
             }
             switch (n_cols - c) {
-                case 3: multiply<3>(w, n_blocks, y + c, out + c, at); break;
-                case 2: multiply<2>(w, n_blocks, y + c, out + c, at); break;
-                case 1: multiply<1>(w, n_blocks, y + c, out + c, at); break;
+                case 3: multiply<3>(w, n_blocks, y + c, scales, out + c, at); break;
+                case 2: multiply<2>(w, n_blocks, y + c, scales, out + c, at); break;
+                case 1: multiply<1>(w, n_blocks, y + c, scales, out + c, at); break;
                 default: break;
             }
         }
@@ -356,14 +295,9 @@ class layout_of : public layout {
 };
 
 layout * layout_for(const ggml_tensor * weight) {
-    static layout_of<q4_1_format> q4_1;
-    static layout_of<q8_0_format> q8_0;
-    if (ggml_n_dims(weight) != 2 || weight->ne[1] % lanes != 0) {
-        return nullptr;
-    }
-    return weight->type == GGML_TYPE_Q4_1   ? static_cast<layout *>(&q4_1)
-           : weight->type == GGML_TYPE_Q8_0 ? static_cast<layout *>(&q8_0)
-                                            : nullptr;
+    static layout only;
+    const bool    fits = weight->type == GGML_TYPE_Q4_1 && ggml_n_dims(weight) == 2 && weight->ne[1] % lanes == 0;
+    return fits ? &only : nullptr;
 }
 
 // The buffer type.
@@ -419,11 +353,7 @@ class interleaved_kind : public ggml::cpu::extra_buffer_type {
                src->nb[0] == sizeof(float) && (!src->buffer || ggml_backend_buft_is_host(src->buffer->buft));
     }
 
-    // ggml asks for every operation, whatever it works on.
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
-        if (op->op == GGML_OP_FLASH_ATTN_EXT) {
-            return ai4all::kernels::attention_for(op);
-        }
         const ggml_tensor * weight = op->src[0];
         if (op->op != GGML_OP_MUL_MAT || !weight->buffer || weight->buffer->buft != interleaved_type()) {
             return nullptr;

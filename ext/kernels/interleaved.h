@@ -1,4 +1,4 @@
-// Matrix products over weights of which eight rows lie side by side. See interleaved.cpp.
+// Matrix products over Q4_1 weights of which eight rows lie side by side. See interleaved.cpp.
 
 #pragma once
 

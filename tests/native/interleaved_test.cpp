@@ -1,7 +1,6 @@
 // Interleaved weights against ggml's own products of the same weights as the file has them.
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -112,14 +111,10 @@ static void agree(const shape & s, std::mt19937 & random) {
     const std::vector<float> ours   = product(s, from, interleaved());
     const std::vector<float> theirs = product(s, from, ggml_backend_cpu_buffer_type());
     CHECK(ours.size() == theirs.size());
-    double square = 0.0;
-    for (const float value : theirs) {
-        square += static_cast<double>(value) * value;
-    }
-    const double typical = std::sqrt(square / static_cast<double>(theirs.size()));
     for (size_t i = 0; i < ours.size(); ++i) {
-        if (!(std::abs(ours[i] - theirs[i]) <= 1e-4 * typical)) {
-            std::fprintf(stderr, "%s k=%d rows=%d columns=%d planes=%d threads=%d: [%zu] %g, not %g\n",
+        // The same bits: a model says the same with these kernels and without.
+        if (std::memcmp(&ours[i], &theirs[i], sizeof(float)) != 0) {
+            std::fprintf(stderr, "%s k=%d rows=%d columns=%d planes=%d threads=%d: [%zu] %.9g, not %.9g\n",
                          ggml_type_name(s.type), (int)s.k, (int)s.rows, (int)s.columns, (int)s.planes, s.n_threads, i,
                          ours[i], theirs[i]);
             std::exit(1);
@@ -141,7 +136,7 @@ static void unfit_shapes_stay_with_ggml() {
         return is;
     };
     CHECK(offered(GGML_TYPE_Q4_1, 16, false));
-    CHECK(offered(GGML_TYPE_Q8_0, 16, false));
+    CHECK(!offered(GGML_TYPE_Q8_0, 16, false));
     CHECK(!offered(GGML_TYPE_Q4_1, 12, false));
     CHECK(!offered(GGML_TYPE_Q4_0, 16, false));
     CHECK(!offered(GGML_TYPE_F32, 16, false));
@@ -156,7 +151,7 @@ int main() {
         return 0;
     }
     std::mt19937 random(1);
-    for (const ggml_type type : {GGML_TYPE_Q4_1, GGML_TYPE_Q8_0}) {
+    for (const ggml_type type : {GGML_TYPE_Q4_1}) {
         for (const int64_t columns : {1, 2, 3, 4, 5, 7, 8, 9, 33, 130}) {
             for (const int n_threads : {1, 3}) {
                 agree({type, 96, 24, columns, 1, n_threads, false}, random);
