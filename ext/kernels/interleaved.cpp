@@ -144,6 +144,11 @@ __attribute__((noinline)) void multiply(const group_block * w, int64_t n_blocks,
         offsets[n] = _mm256_setzero_ps();
     }
     for (int64_t b = 0; b < n_blocks; ++b) {
+        // The next group comes while this one is computed; a block is two and a half cache lines.
+        const char * next = reinterpret_cast<const char *>(w + n_blocks + b);
+        _mm_prefetch(next, _MM_HINT_T0);
+        _mm_prefetch(next + 64, _MM_HINT_T0);
+        _mm_prefetch(next + 128, _MM_HINT_T0);
         _mm256_storeu_ps(scales + b * lanes, halves(w[b].d));
         const __m256 m = halves(w[b].m);
         for (int n = 0; n < N; ++n) {
