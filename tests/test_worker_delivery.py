@@ -125,6 +125,8 @@ async def test_a_file_of_the_first_version_is_taken_over(tmp_path: Path) -> None
     async with Spool.open(path) as spool:
         await spool.commit("b-1", b"kept")
     with sqlite3.connect(path) as old:
+        old.execute("ALTER TABLE results DROP COLUMN days")
+        old.execute("DROP TABLE days")
         old.execute("DROP TABLE running")
         old.execute(
             "CREATE TABLE running (block_id TEXT PRIMARY KEY, begun_at REAL NOT NULL) WITHOUT ROWID"

@@ -32,19 +32,22 @@ __all__ = [
     "Recovery",
     "Row",
     "Running",
+    "drop_old",
     "open_file",
     "problem",
 ]
 
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 _SCHEMA = (
     """CREATE TABLE results (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
         block_id TEXT NOT NULL UNIQUE,
         payload BLOB NOT NULL,
         sha256 BLOB NOT NULL,
-        committed_at REAL NOT NULL
+        committed_at REAL NOT NULL,
+        days INTEGER NOT NULL DEFAULT 0
     )""",
+    "CREATE TABLE days (counted_at REAL NOT NULL)",
     """CREATE TABLE running (
         block_id TEXT PRIMARY KEY,
         begun_at REAL NOT NULL,
@@ -52,16 +55,24 @@ _SCHEMA = (
     ) WITHOUT ROWID""",
     f"PRAGMA user_version = {_SCHEMA_VERSION}",
 )
-# What ran under the first version has no deadline that is known, and is nobody's any more.
-_FROM_VERSION_1 = (
-    "ALTER TABLE running ADD COLUMN deadline REAL",
-    "UPDATE running SET deadline = begun_at",
-    f"PRAGMA user_version = {_SCHEMA_VERSION}",
-)
+# From each older version to the next one.
+_MIGRATIONS = {
+    # What ran under the first version has no deadline that is known, and is nobody's any more.
+    1: (
+        "ALTER TABLE running ADD COLUMN deadline REAL",
+        "UPDATE running SET deadline = begun_at",
+    ),
+    2: (
+        "ALTER TABLE results ADD COLUMN days INTEGER NOT NULL DEFAULT 0",
+        "CREATE TABLE days (counted_at REAL NOT NULL)",
+    ),
+}
 INSERT_RUNNING = "INSERT OR REPLACE INTO running (block_id, begun_at, deadline) VALUES (?, ?, ?)"
 DELETE_RUNNING = "DELETE FROM running WHERE block_id = ?"
 INSERT_RESULT = "INSERT INTO results (block_id, payload, sha256, committed_at) VALUES (?, ?, ?, ?)"
 DELETE_RESULT = "DELETE FROM results WHERE block_id = ?"
+
+_DAY_S = 86_400.0
 
 # How long to wait for a predecessor that is on its way out.
 _LOCK_WAIT_S = 2.0
@@ -246,9 +257,50 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     connection.execute("PRAGMA journal_size_limit = 4194304")
     # Also takes the lock, before anything is believed.
     connection.execute("BEGIN IMMEDIATE")
-    for statement in {0: _SCHEMA, 1: _FROM_VERSION_1}.get(version, ()):
+    for statement in _SCHEMA if version == 0 else _statements_from(version):
         connection.execute(statement)
     connection.execute("COMMIT")
+
+
+def _statements_from(version: int) -> Iterator[str]:
+    for step in range(version, _SCHEMA_VERSION):
+        yield from _MIGRATIONS[step]
+        yield f"PRAGMA user_version = {step + 1}"
+
+
+def drop_old(connection: sqlite3.Connection, now: float, keep_days: float) -> set[str]:
+    """Count one more day for every result if the last count is a day ago, and drop the old ones.
+
+    A day is counted once however far the clock has moved. A clock that is wrong, or was, makes a
+    result older by a day and never by the years between, so that it is kept for ``keep_days`` at
+    least, and the longer the less often the file is opened.
+
+    Args:
+        connection: The open file.
+        now: Seconds since the epoch, as far as this machine knows.
+        keep_days: Days after which nobody will want a result.
+
+    Returns:
+        The blocks whose results were dropped.
+    """
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        (counted_at,) = connection.execute("SELECT max(counted_at) FROM days").fetchone()
+        if counted_at is None or not 0.0 <= now - counted_at < _DAY_S:
+            connection.execute("DELETE FROM days")
+            connection.execute("INSERT INTO days VALUES (?)", (now,))
+        if counted_at is not None and now - counted_at >= _DAY_S:
+            connection.execute("UPDATE results SET days = days + 1")
+        old = connection.execute("SELECT block_id FROM results WHERE days > ?", (keep_days,))
+        dropped = {block_id for (block_id,) in old.fetchall()}
+        if dropped:
+            connection.execute("DELETE FROM results WHERE days > ?", (keep_days,))
+        connection.execute("COMMIT")
+    except sqlite3.Error:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    return dropped
 
 
 def _read(connection: sqlite3.Connection) -> Contents:

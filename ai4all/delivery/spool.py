@@ -28,6 +28,7 @@ from ai4all.delivery.results_file import (
     Recovery,
     Row,
     Running,
+    drop_old,
     open_file,
     problem,
 )
@@ -168,7 +169,7 @@ class Spool:
         Args:
             path: The database; ``results.sqlite3`` in the data directory.
             max_bytes: Most bytes of results to keep.
-            keep_days: Results older than this are dropped now.
+            keep_days: Results that were here on more days than this are dropped now.
             clock: Seconds since the epoch.
             writer: Makes what writes; by default a thread.
 
@@ -177,21 +178,20 @@ class Spool:
         """
         path = Path(path)
         connection, contents, recovery = open_file(path)
+        lapsed = [
+            each.block_id
+            for each in contents.running
+            if each.deadline is not None and each.deadline <= clock()
+        ]
+        dropped: set[str] = set()
         try:
-            oldest = clock() - keep_days * 86_400
-            rows = [row for row in contents.rows if row.committed_at >= oldest]
-            expired = len(contents.rows) - len(rows)
-            if expired:
-                connection.execute("DELETE FROM results WHERE committed_at < ?", (oldest,))
-            lapsed = [
-                each.block_id
-                for each in contents.running
-                if each.deadline is not None and each.deadline <= clock()
-            ]
+            dropped = drop_old(connection, clock(), keep_days)
             connection.executemany(DELETE_RUNNING, ((block_id,) for block_id in lapsed))
         except sqlite3.Error as exc:
-            connection.close()
-            raise SpoolError(path, problem(exc)) from exc
+            # A full disk, most likely, and no reason not to start: the next start tidies up.
+            _log.warning("spool_not_tidied", problem=problem(exc))
+        rows = [row for row in contents.rows if row.block_id not in dropped]
+        expired = len(dropped)
         if recovery is not None:
             _log.error(
                 "spool_recovered",

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ai4all.delivery import group_commit
+from ai4all.delivery.results_file import INSERT_RESULT, Row
 from ai4all.delivery.spool import MemorySpool, ResultConflict, ResultSpool, Spool
 from ai4all.errors import SpoolError
 
@@ -241,19 +242,50 @@ async def test_whatever_was_committed_survives_sigkill(path: Path) -> None:
 
 
 async def test_old_results_are_dropped_on_opening(path: Path) -> None:
-    now = 1000 * DAY
-    async with Spool.open(path, clock=lambda: now) as spool:
+    async with Spool.open(path, clock=lambda: 1000 * DAY) as spool:
         await spool.commit("old", b"1")
-    async with Spool.open(path, clock=lambda: now + 2 * DAY) as spool:
-        await spool.commit("young", b"2")
-    async with Spool.open(path, clock=lambda: now + 15 * DAY) as spool:
-        assert spool.expired == 1
-        assert spool.pending() == [("young", b"2")]
-    async with Spool.open(path, clock=lambda: now + 15 * DAY) as spool:
+    for day in range(1, 16):
+        async with Spool.open(path, clock=lambda: (1000 + day) * DAY) as spool:  # noqa: B023
+            assert spool.expired == (day == 15), day
+            if day == 10:
+                await spool.commit("young", b"2")
+    async with Spool.open(path, clock=lambda: 1015 * DAY) as spool:
         assert spool.expired == 0
-    # A clock that was set back drops nothing.
-    async with Spool.open(path, clock=lambda: 0.0) as spool:
         assert spool.pending() == [("young", b"2")]
+
+
+async def test_days_are_counted_and_not_starts(path: Path) -> None:
+    async with Spool.open(path, clock=lambda: 1000 * DAY) as spool:
+        await spool.commit("b", b"1")
+    for hour in range(1, 48):
+        async with Spool.open(path, clock=lambda: 1000 * DAY + hour * 3600.0) as spool:  # noqa: B023
+            assert spool.expired == 0
+
+
+@pytest.mark.parametrize("wrong", [3650 * DAY, 0.0, 1000 * DAY - 3600.0])
+async def test_a_clock_that_jumps_drops_nothing(path: Path, wrong: float) -> None:
+    async with Spool.open(path, clock=lambda: wrong) as spool:
+        await spool.commit("under-the-wrong-clock", b"1")
+    async with Spool.open(path, clock=lambda: 1000 * DAY) as spool:
+        await spool.commit("under-the-right-one", b"2")
+    for clock in (wrong, 1000 * DAY) * 5:
+        async with Spool.open(path, clock=lambda: clock) as spool:  # noqa: B023
+            assert spool.expired == 0
+            assert len(spool.pending()) == 2
+
+
+async def test_a_start_does_not_fail_because_days_cannot_be_counted(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await filled(path, 1)
+
+    def full(*_: object) -> set[str]:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    # As on a full disk, which takes no new pages.
+    monkeypatch.setattr("ai4all.delivery.spool.drop_old", full)
+    async with Spool.open(path) as spool:
+        assert len(spool.pending()) == 1
 
 
 async def test_commits_that_wait_together_share_a_transaction(path: Path) -> None:
@@ -530,6 +562,36 @@ async def test_a_recovery_that_is_interrupted_is_done_again(
         assert len(spool.pending()) == 19
         assert set(spool.pending()) < set(expected)
     assert not path.with_name(path.name + ".salvaged").exists()
+
+
+RESULTS_BEFORE_3 = """CREATE TABLE results (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, block_id TEXT NOT NULL UNIQUE, payload BLOB NOT NULL,
+    sha256 BLOB NOT NULL, committed_at REAL NOT NULL)"""
+RUNNING_BEFORE = {
+    1: "CREATE TABLE running (block_id TEXT PRIMARY KEY, begun_at REAL NOT NULL) WITHOUT ROWID",
+    2: "CREATE TABLE running (block_id TEXT PRIMARY KEY, begun_at REAL NOT NULL, deadline REAL)"
+    " WITHOUT ROWID",
+}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+async def test_a_file_of_an_older_version_is_brought_up_to_date(path: Path, version: int) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute(RESULTS_BEFORE_3)
+        connection.execute(RUNNING_BEFORE[version])
+        connection.execute(f"PRAGMA user_version = {version}")
+        connection.execute(INSERT_RESULT, Row("b", b"kept", 5.0).values())
+        connection.execute("INSERT INTO running (block_id, begun_at) VALUES ('r', 5.0)")
+    connection.close()
+    for _ in range(2):
+        async with Spool.open(path) as spool:
+            assert spool.recovery is None
+            assert spool.pending() == [("b", b"kept")]
+            # Of the first version it is not known until when anybody waits for it.
+            assert spool.interrupted == (() if version == 1 else ("r",))
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("SELECT days FROM results").fetchall() == [(0,)]
+    connection.close()
 
 
 async def test_a_file_of_a_newer_version_is_left_alone(path: Path) -> None:
