@@ -158,8 +158,8 @@ class CoordinatorSettings(_Section):
     """Bound on connecting and the handshake."""
     ping_interval_ms: _Int = Field(20_000, ge=1000, le=600_000)
     """Time between keepalive pings."""
-    ping_timeout_ms: _Int = Field(20_000, ge=1000, le=600_000)
-    """How long the answer to a ping may take."""
+    ping_timeout_ms: _Int = Field(15_000, ge=1000, le=600_000)
+    """How long the answer to a ping may take, from the last piece of a long message that left."""
     max_message_bytes: _Int = Field(1 << 20, ge=4096, le=64 << 20)
     """Longest message that is accepted."""
     allow_insecure: bool = False

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import re
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -58,7 +59,7 @@ _REPACKED = (
     ({"NEON", "DOTPROD"}, {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "MXFP4", "Q8_0"}),
     ({"NEON", "MATMUL_INT8"}, {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q1_0"}),
     ({"AMX_INT8"}, {"Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"}),
-    ({"CPU_INTERLEAVED"}, {"Q4_1", "Q8_0"}),
+    ({"CPU_INTERLEAVED"}, {"Q4_1"}),
 )
 _WITHOUT_REPACK = ({"AMX_INT8"}, {"CPU_INTERLEAVED"})
 _ROWS_TOGETHER = {"Q8_0": 4}
@@ -72,8 +73,8 @@ class MemoryEstimate:
     Attributes:
         weights_mapped: Weights used where they lie in the mapped file.
         weights_copied: Weights held in memory of their own: repacked ones, and all without mmap.
-        weights_idle: Pages of the mapped file whose weights were copied; resident until the
-            system wants them back.
+        weights_idle: Pages of the mapped file whose weights were copied; resident during the load,
+            and after it until the system wants them back.
         kv_cache: The cache of all slots.
         compute: Buffers of the largest graph, and the scratch of its widest product.
         overhead: Vocabulary, graphs, rows of logits.
@@ -99,8 +100,14 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """What the process can show as resident: all of it, idle pages included."""
-        return self.needed + self.weights_idle
+        """The most that the process can show as resident.
+
+        On Linux, idle pages are given back after the load, before there is a cache.
+        """
+        if sys.platform != "linux":
+            return self.needed + self.weights_idle
+        loading = self.weights_mapped + self.weights_copied + self.weights_idle + self.overhead
+        return max(self.needed, loading)
 
     def to_dict(self) -> dict[str, int]:
         """The figures by name, in bytes."""

@@ -127,7 +127,7 @@ class LinkOptions:
     pins: frozenset[bytes] = frozenset()
     open_timeout: float = 10.0
     ping_interval: float = 20.0
-    ping_timeout: float = 20.0
+    ping_timeout: float = 15.0
     close_timeout: float = 5.0
     max_size: int = 1024 * 1024
     refusal_delay: float = 60.0

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from websockets.asyncio.client import ClientConnection
 from websockets.frames import CloseCode, Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.protocol import State
 
 from ai4all.protocol.pins import check_pin
+from ai4all.protocol.steady_socket import SteadyConnection
 
 __all__ = ["GuardedConnection"]
 
@@ -26,8 +26,8 @@ MAX_UNREAD_BYTES: Final = 4 << 20
 """Bytes that may wait for the server to read them, beside one message of ours."""
 
 
-class GuardedConnection(ClientConnection):
-    """A ``ClientConnection`` with more limits.
+class GuardedConnection(SteadyConnection):
+    """A ``SteadyConnection`` with more limits.
 
     Args:
         max_message: Bytes of the longest message that we send.
