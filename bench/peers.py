@@ -27,13 +27,13 @@ from typing import Any
 import ujson
 from peers_contenders import OURS, Setup
 from peers_process import process
-from peers_report import as_json, draw, print_table
+from peers_report import as_json, as_markdown, draw, print_table
 from peers_rows import (
     Run,
     decode_alone,
     eight_at_once,
     first_token,
-    fitted_prompt,
+    prompt_speed,
     shared_prefix,
     speculation,
     whole_benchmark,
@@ -56,7 +56,7 @@ ROWS: dict[str, Callable[[Run], None]] = {
     "P4": eight_at_once,
     "P5": shared_prefix,
     "P6": speculation,
-    "P7": fitted_prompt,
+    "P7": prompt_speed,
     "P9": process,
 }
 
@@ -76,6 +76,7 @@ def arguments() -> argparse.Namespace:
     add("--quick", action="store_true", help="one round of few tokens, to see that all works")
     add("--programs", type=Path, metavar="DIR", help="llama.cpp's programs, already built")
     add("--json", type=Path, metavar="FILE", help="write all figures of all rounds")
+    add("--markdown", type=Path, metavar="FILE", help="write the table for a document")
     add("--picture", type=Path, metavar="FILE", help="draw the ratios into a PNG file")
     chosen = parser.parse_args()
     chosen.rows = [row.strip().upper() for row in chosen.only.split(",") if row.strip()] or [*ROWS]
@@ -202,6 +203,8 @@ def main() -> int:
     if chosen.json is not None:
         document = as_json(run.report, measured)
         chosen.json.write_text(ujson.dumps(document, indent=2, escape_forward_slashes=False))
+    if chosen.markdown is not None:
+        chosen.markdown.write_text(as_markdown(run.report))
     if chosen.picture is not None:
         try:
             draw(run.report, chosen.picture, title)

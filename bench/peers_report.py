@@ -69,6 +69,27 @@ def _goal(line: Comparison) -> str:
     return f"{'≥' if line.at_least else '≤'} {line.goal:g}"
 
 
+def as_markdown(report: Report) -> str:
+    """The table for a document."""
+    names = ("row", "what", "ours", "against", "theirs", "median", "of the rounds", "goal", "met")
+    lines = [" | ".join(names), "|".join("---" for _ in names)]
+    for line in report.comparisons:
+        unit = f" {line.unit}" if line.unit else ""
+        cells = (
+            line.row,
+            line.what,
+            figure(statistics.median(line.ours)) + unit,
+            line.peer,
+            figure(statistics.median(line.theirs)) + unit if line.theirs else "",
+            _median(line),
+            _spread(line),
+            _goal(line),
+            {True: "yes", False: "no", None: ""}[line.met],
+        )
+        lines.append(" | ".join(cells))
+    return "".join(f"| {line} |\n" for line in lines)
+
+
 def as_json(report: Report, keys: dict[str, Any]) -> dict[str, Any]:
     """All figures of all rounds, under the keys that they are only comparable with."""
     return {

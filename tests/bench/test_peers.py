@@ -9,7 +9,7 @@ import pytest
 import ujson
 from peers_contenders import Hosted, MissingPeer, Sample, Server, Setup, llama_bench
 from peers_prompts import EIGHT_PROMPTS, cut, first_token_prompts, prefix_pair
-from peers_report import as_json, figure, print_table
+from peers_report import as_json, as_markdown, figure, print_table
 from peers_rows import Comparison, Report, Run, eight_at_once, whole_benchmark
 from rich.console import Console
 
@@ -192,6 +192,12 @@ class TestReport:
         assert document["missing"] == [
             {"row": "P7", "who": "[someone]", "why": "there is no [model]"}
         ]
+
+    def test_markdown_has_a_line_for_each_comparison(self) -> None:
+        heading, rule, *lines = as_markdown(self.report()).splitlines()
+        assert heading.count("|") == rule.count("|") == 10
+        assert [line.count("|") for line in lines] == [10] * len(self.report().comparisons)
+        assert lines[0].endswith("| llama-server | 100 tok/s | 0.900 | 0.5 to 1.25 | ≥ 1 | no |")
 
     @pytest.mark.parametrize(
         ("value", "text"), [(1234.5, "1234"), (99.4, "99.4"), (0.12345, "0.123"), (2.0, "2")]
