@@ -98,6 +98,9 @@ _LAST_ACKNOWLEDGEMENTS_S: Final = 3.0
 # How long an engine may take to let go of what was cancelled.
 _LAST_CANCELLATION_S: Final = 3.0
 
+# How long all of it may take together once the grace is over, whatever hangs.
+_LEAVE_WITHIN_S: Final = 8.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerOptions:
@@ -189,6 +192,7 @@ class Worker:
         self._stop_requests = 0
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._leave_by: float | None = None
         self._all_acknowledged = asyncio.Event()
 
     def _describe(self) -> WorkerCapabilities:
@@ -218,7 +222,9 @@ class Worker:
             await asyncio.wait({link, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if not link.done():
                 await self._wind_down()
-            await link
+                await asyncio.wait({link}, timeout=self._left())
+            if link.done():
+                link.result()
         finally:
             stopping.cancel()
             await self._abandon(link)
@@ -261,13 +267,24 @@ class Worker:
         """Let running blocks finish, hand back those that do not, and leave politely."""
         _log.info("worker_stopping", running=len(self._blocks))
         await self._until(self._blocks_done(), self._options.stop_grace, self._hurry)
+        self._leave_by = asyncio.get_running_loop().time() + _LEAVE_WITHIN_S
         for block in list(self._blocks.values()):
             block.stop(ShuttingDown("the worker is stopping"))
-        await self._until(self._blocks_done(), _LAST_CANCELLATION_S)
+        await self._until(self._blocks_done(), self._left(_LAST_CANCELLATION_S))
         self._note_acknowledged()
         if self._session.is_registered:
-            await self._until(self._all_acknowledged.wait(), _LAST_ACKNOWLEDGEMENTS_S, self._hurry)
-        await self._connection.close("shutdown")
+            patience = self._left(_LAST_ACKNOWLEDGEMENTS_S)
+            await self._until(self._all_acknowledged.wait(), patience, self._hurry)
+        await self._until(self._connection.close("shutdown"), self._left())
+
+    def _left(self, limit: float = _LEAVE_WITHIN_S) -> float:
+        """Seconds that are left of a stop, at most ``limit``.
+
+        It is never nothing, so that what is ready can end.
+        """
+        if self._leave_by is None:
+            return limit
+        return max(0.1, min(limit, self._leave_by - asyncio.get_running_loop().time()))
 
     async def _blocks_done(self) -> None:
         while tasks := [block.task for block in self._blocks.values() if block.task is not None]:
@@ -295,16 +312,17 @@ class Worker:
         tasks = {block.task for block in self._blocks.values() if block.task is not None}
         for task in (link, *tasks):
             task.cancel()
-        await asyncio.gather(link, return_exceptions=True)
-        await self._settle(tasks)
-        await self._gate.close()
+        await self._settle({link, *tasks})
+        if link.done() and not link.cancelled():
+            link.exception()  # Taken: whoever wanted it has it by now.
+        await self._until(self._gate.close(), self._left())
         # Results that are acknowledged are forgotten before the spool is closed.
         await self._settle({*self._background, asyncio.ensure_future(self._delivery.close())})
 
     async def _settle(self, tasks: set[asyncio.Task[None]]) -> None:
         # An engine that hangs may not answer to cancellation either; the exit does not wait for it.
         if tasks:
-            _, left = await asyncio.wait(set(tasks), timeout=_LAST_CANCELLATION_S)
+            _, left = await asyncio.wait(set(tasks), timeout=self._left(_LAST_CANCELLATION_S))
             if left:
                 _log.error("tasks_left_behind", count=len(left))
 

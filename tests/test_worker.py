@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from chaos_proxy import Blow, ChaosProxy
 from scripted_coordinator import (
     MODELS,
     PROMPT,
@@ -499,7 +500,7 @@ async def test_stop_hands_back_what_does_not_finish(twice: bool) -> None:
         await running.finished()
     error = coordinator.results()["b-1"]["error"]
     assert (error["code"], error["retryable"]) == ("shutting_down", True)
-    # After a restart the block is someone else's: nothing of it is sent then.
+    # No answer for good: the block may come to us again.
     assert not running.spool.pending()
     assert backend.active == 0
     assert {frame["type"] for frame in coordinator.frames} <= SEED_TYPES
@@ -531,6 +532,39 @@ async def test_stop_does_not_wait_for_an_engine_that_never_lets_go(
             released.set()
             await asyncio.sleep(0.05)
     assert "tasks_left_behind" in [entry["event"] for entry in logs]
+
+
+async def test_stop_does_not_wait_for_everything_that_hangs_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The engine never lets go, the line is silent, and the disk does not answer."""
+    monkeypatch.setattr(ai4all.worker, "_LEAVE_WITHIN_S", 0.5)
+    released = asyncio.Event()
+
+    class Stubborn(FakeBackend):
+        async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerationEvent, None]:
+            while not released.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await released.wait()
+            yield PromptProgress(1, 1)
+
+    class Stuck(MemorySpool):
+        async def forget(self, block_id: str) -> None:
+            await released.wait()
+
+    backend = Stubborn()
+    coordinator = Coordinator(deque([assignment()]))
+    async with serving(coordinator), ChaosProxy(coordinator.port) as proxy:
+        coordinator.port = proxy.port
+        async with working(coordinator, backend, Stuck(), stop_grace=0.05) as running:
+            await running.until(lambda: bool(running.worker._blocks))
+            running.worker._delivery._spawn(running.spool.forget("any"))
+            proxy.strike(Blow.STALL)
+            running.worker.stop()
+            # Each of them alone may take longer than all together.
+            done, _ = await asyncio.wait({running.task}, timeout=2.5)
+            released.set()
+            assert done
 
 
 async def test_stop_without_a_coordinator_ends_at_once() -> None:

@@ -19,8 +19,15 @@ import os
 
 from ai4all.errors import Ai4allError, BadRequest, ConfigError, InvalidModelFile
 
-__all__ = ["EXIT_FAILURE", "EXIT_INTERRUPTED", "EXIT_USAGE", "describe_failure"]
+__all__ = [
+    "EXIT_FAILURE",
+    "EXIT_INTERRUPTED",
+    "EXIT_SUCCESS",
+    "EXIT_USAGE",
+    "describe_failure",
+]
 
+EXIT_SUCCESS = 0
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130

@@ -62,6 +62,11 @@ class LiveSettings:
         self._reread = reread
         self._apply = apply
 
+    @property
+    def settings(self) -> Settings:
+        """Those that it runs with now."""
+        return self._settings
+
     def reload(self) -> None:
         """Read the settings again and take up what can be; one line of the log says what.
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from ai4all.backend.base import InferenceBackend
 from ai4all.benchmark.store import BenchmarkStore
 from ai4all.commands.environment import Environment, read_settings, stderr_console
+from ai4all.commands.failure import EXIT_FAILURE, EXIT_SUCCESS
+from ai4all.commands.last_resort import LastResort
 from ai4all.commands.reload import LiveSettings
 from ai4all.commands.signals import on_hangup, on_stop_signals
 from ai4all.commands.station import Station, prepare_station
@@ -29,6 +31,10 @@ from ai4all.protocol.session import SessionOptions
 from ai4all.worker import Worker, WorkerOptions
 
 __all__ = ["link_options", "run_worker", "session_options"]
+
+# From the end of the grace to the end of the process, whatever hangs; from the end of the work.
+_ENDS_AFTER_GRACE_S = 9.5
+_LAST_THREADS_S = 1.0
 
 _SPOOL_FILE = "results.sqlite3"
 
@@ -67,7 +73,8 @@ def run_worker(
     prepare_data_dir(settings.data_dir)
     with hold_data_dir(settings.data_dir, "worker"):
         configure_logging(settings)
-        asyncio.run(_run_until_stopped(environment, settings, link, read))
+        with LastResort() as last_resort:
+            asyncio.run(_run_until_stopped(environment, settings, link, read, last_resort))
 
 
 async def _run_until_stopped(
@@ -75,16 +82,22 @@ async def _run_until_stopped(
     settings: Settings,
     link: LinkOptions,
     read: Callable[[], Settings],
+    last_resort: LastResort,
 ) -> None:
     """Prepare and work; a signal ends either, and ends it well."""
     worker: Worker | None = None
     live: LiveSettings | None = None
-    stopped_early = reload_is_due = False
+    stopped_early = reload_is_due = is_stopping = False
     task = asyncio.current_task()
     assert task is not None
 
     def stop() -> None:
-        nonlocal stopped_early
+        nonlocal stopped_early, is_stopping
+        if not is_stopping:
+            is_stopping = True
+            grace = (settings if live is None else live.settings).worker.stop_grace_seconds
+            reason = "something hangs; ended by force"
+            last_resort.light(grace + _ENDS_AFTER_GRACE_S, EXIT_FAILURE, reason)
         if worker is not None:
             worker.stop()
         else:
@@ -111,6 +124,8 @@ async def _run_until_stopped(
                 raise
             # What the first run has done so far is kept, and the next start goes on there.
             task.uncancel()
+        # All is closed. What a thread still does, such as to hash a model, is of no use any more.
+        last_resort.light(_LAST_THREADS_S, EXIT_SUCCESS)
 
 
 async def _prepare(
