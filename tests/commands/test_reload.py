@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import termios
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 import ujson
 from command_line import fake_command
 from structlog.testing import capture_logs
+from worker_process import worker_process
 
 from ai4all.commands.reload import LiveSettings, is_taken_up
 from ai4all.config import Settings, explain, load_settings
@@ -134,46 +135,8 @@ def test_every_setting_is_one_or_the_other() -> None:
 # A real process.
 
 
-@dataclass
-class WorkerProcess:
-    process: asyncio.subprocess.Process
-    lines: list[str]
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    async def read(self) -> None:
-        assert self.process.stderr is not None
-        async for line in self.process.stderr:
-            self.lines.append(line.decode())
-            self._changed.set()
-
-    async def until(self, text: str, count: int = 1) -> str:
-        while True:
-            found = [line for line in self.lines if text in line]
-            if len(found) >= count:
-                return found[-1]
-            self._changed.clear()
-            await self._changed.wait()
-
-
-@asynccontextmanager
-async def worker_process(
-    coordinator: EmbeddedCoordinator, *arguments: str, **options: Any
-) -> AsyncIterator[WorkerProcess]:
-    process = await asyncio.create_subprocess_exec(
-        *fake_command("worker", "--coordinator", coordinator.url, *arguments),
-        stderr=asyncio.subprocess.PIPE,
-        **options,
-    )
-    running = WorkerProcess(process, [])
-    reading = asyncio.create_task(running.read())
-    try:
-        yield running
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-        await reading
-        assert "Traceback" not in "".join(running.lines)
+def fake_worker(coordinator: EmbeddedCoordinator) -> list[str]:
+    return fake_command("worker", "--coordinator", coordinator.url)
 
 
 async def test_sighup_reads_the_file_and_the_token_again(data_dir: Path) -> None:
@@ -190,7 +153,7 @@ async def test_sighup_reads_the_file_and_the_token_again(data_dir: Path) -> None
 
     async with (
         EmbeddedCoordinator([], on_event=watch, token=TOKEN) as coordinator,
-        worker_process(coordinator) as running,
+        worker_process(*fake_worker(coordinator)) as running,
     ):
         await registered.wait()
         config.write_text("[worker]\nmax_concurrent_tasks = many\n")
@@ -223,19 +186,14 @@ async def test_sighup_reads_the_file_and_the_token_again(data_dir: Path) -> None
     assert coordinator.violations() == []
 
 
-def in_a_session_with_a_terminal(terminal: str) -> Callable[[], None]:
-    def prepare() -> None:
-        os.setsid()
-        # The first terminal that a session's leader opens becomes the session's.
-        os.close(os.open(terminal, os.O_RDWR))
-
-    return prepare
+def in_a_session_of_its_terminal() -> None:
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 @pytest.mark.parametrize("closed", [True, False])
-async def test_a_terminal_that_is_closed_stops_it_and_a_reload_there_does_not(
-    data_dir: Path, closed: bool
-) -> None:
+@pytest.mark.usefixtures("data_dir")
+async def test_a_terminal_that_is_closed_stops_it_and_a_reload_there_does_not(closed: bool) -> None:
     registered = asyncio.Event()
 
     def watch(event: Event) -> None:
@@ -244,21 +202,21 @@ async def test_a_terminal_that_is_closed_stops_it_and_a_reload_there_does_not(
 
     ours, theirs = os.openpty()
     try:
-        prepare = in_a_session_with_a_terminal(os.ttyname(theirs))
-        async with (
-            EmbeddedCoordinator([], on_event=watch) as coordinator,
-            worker_process(coordinator, preexec_fn=prepare) as running,
-        ):
-            os.close(theirs)
-            await registered.wait()
-            if closed:
-                os.close(ours)
-                await running.until("worker_stopping")
-            else:
-                running.process.send_signal(signal.SIGHUP)
-                await running.until("settings_reloaded")
-                running.process.terminate()
-            assert await running.process.wait() == 0
+        async with EmbeddedCoordinator([], on_event=watch) as coordinator:
+            start = worker_process(
+                *fake_worker(coordinator), stdin=theirs, preexec_fn=in_a_session_of_its_terminal
+            )
+            async with start as running:
+                os.close(theirs)
+                await registered.wait()
+                if closed:
+                    os.close(ours)
+                    await running.until("worker_stopping")
+                else:
+                    running.process.send_signal(signal.SIGHUP)
+                    await running.until("settings_reloaded")
+                    running.process.terminate()
+                assert await running.process.wait() == 0
     finally:
         if not closed:
             os.close(ours)
@@ -276,7 +234,7 @@ async def test_nohup_stays_in_force(data_dir: Path) -> None:
 
     async with (
         EmbeddedCoordinator([], on_event=watch) as coordinator,
-        worker_process(coordinator, preexec_fn=ignore) as running,
+        worker_process(*fake_worker(coordinator), preexec_fn=ignore) as running,
     ):
         await registered.wait()
         running.process.send_signal(signal.SIGHUP)
