@@ -123,6 +123,7 @@ cdef tuple event_of(native.event & event):
             event.n_neighbours,
             event.n_drafted,
             event.n_draft_right,
+            event.n_by_model,
             times_of(event.times),
         )
     if event.kind == native.event_kind.failed:
@@ -193,6 +194,8 @@ cdef class Engine:
         str kv_type,
         bint use_mmap,
         uint64_t prefix_cache_bytes,
+        bytes draft_path,
+        unsigned int draft_tokens,
     ):
         """Queue a load and return its id."""
         self._check()
@@ -209,6 +212,8 @@ cdef class Engine:
         params.kv_type = kv_type.encode()
         params.use_mmap = use_mmap
         params.prefix_cache_bytes = prefix_cache_bytes
+        params.draft_path = draft_path
+        params.draft_tokens = draft_tokens
         cdef uint64_t command
         with nogil:
             command = self._engine.load(params)

@@ -57,6 +57,8 @@ cdef extern from "engine.h" namespace "ai4all" nogil:
         string kv_type
         cbool use_mmap
         uint64_t prefix_cache_bytes
+        string draft_path
+        uint32_t draft_tokens
 
     cdef cppclass model_info:
         string path
@@ -153,6 +155,7 @@ cdef extern from "engine.h" namespace "ai4all" nogil:
         int32_t n_neighbours
         int32_t n_drafted
         int32_t n_draft_right
+        int32_t n_by_model
         stop_reason reason
         timeline times
         vector[token_logprob] logprobs

@@ -52,6 +52,8 @@ class EngineOptions:
         use_mmap: Map the file instead of reading it.
         prefix_cache_mb: Memory for computed prompts that lost their slot, in MiB. 0: none.
         memory_limit_mb: Most memory that a model may take, in MiB. 0: what is free.
+        draft: A smaller model of the same vocabulary that drafts for this one, or None.
+        draft_tokens: Tokens in each of its drafts. 0: as many as are measured to pay.
     """
 
     n_ctx: int = 0
@@ -66,6 +68,8 @@ class EngineOptions:
     use_mmap: bool = True
     prefix_cache_mb: int = 256
     memory_limit_mb: int = 0
+    draft: ModelFile | None = None
+    draft_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,7 @@ class LoadedModel:
         threads: Threads that decode.
         has_chat_template: Whether the file brings a chat template.
         metadata: The file's GGUF key-value pairs, as text.
+        draft: The file of the draft model that was loaded with it, or None.
     """
 
     file: ModelFile
@@ -95,6 +100,7 @@ class LoadedModel:
     threads: int
     has_chat_template: bool
     metadata: dict[str, str] = field(default_factory=dict)
+    draft: ModelFile | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,8 +124,8 @@ class GenerateRequest:
             many likeliest tokens in its place.
         reuse_prefix: Take the computed cache of an earlier prompt with the same beginning.
             ``deterministic`` switches it off.
-        speculate: Draft by prompt lookup where it pays; the tokens stay the sampler's own.
-            ``deterministic`` switches it off.
+        speculate: Draft by prompt lookup, and by the draft model where there is one, as far as it
+            pays; the tokens stay the sampler's own. ``deterministic`` switches it off.
         deadline: ``time.monotonic()`` value after which the work is dropped, or None.
     """
 
@@ -261,7 +267,8 @@ class TokenEvent:
 class Completion:
     """The last event of a generation that ended well.
 
-    ``draft_tokens`` were proposed by speculation, ``draft_accepted`` of them were right.
+    ``draft_tokens`` were proposed by speculation, ``draft_accepted`` of them were right;
+    ``draft_model_tokens`` of those proposed came from the draft model.
     """
 
     text: str
@@ -273,6 +280,7 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] = ()
     draft_tokens: int = 0
     draft_accepted: int = 0
+    draft_model_tokens: int = 0
 
 
 GenerationEvent = PromptProgress | TokenEvent | Completion

@@ -178,6 +178,8 @@ def _as_utf8(value: Any) -> Any:
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, tuple):
         return [_as_utf8(item) for item in value]
+    if isinstance(value, ModelFile):
+        return {**shallow_dict(value), "path": str(value.path)}
     return value
 
 

@@ -174,6 +174,7 @@ class FakeBackend(InferenceBackend):
                 device="CPU",
                 threads=options.threads or self._threads,
                 has_chat_template=True,
+                draft=options.draft,
             )
             if progress is not None:
                 progress(1.0)

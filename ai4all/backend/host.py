@@ -158,7 +158,7 @@ class EngineHost:
             ENGINE_OPTIONS.validate_python(options),
             lambda share: self.say([number, "share", share]),
         )
-        fields = LOADED_MODEL.dump_python(loaded, mode="json", exclude={"file"})
+        fields = LOADED_MODEL.dump_python(loaded, mode="json", exclude={"file", "draft"})
         self.say([number, "loaded", fields])
 
     async def _unload(self, number: int) -> None:

@@ -226,7 +226,8 @@ class IsolatedBackend(InferenceBackend):
             model.model_id,
             model.sha256,
             process.capabilities.engine_build,
-            shallow_dict(options),
+            # A path says nothing of the content, and may move.
+            shallow_dict(options) | {"draft": options.draft and options.draft.sha256},
         )
         self._quarantine.check(subject)
         self._wanted = self._loaded = self._refusal = None
@@ -410,7 +411,8 @@ class IsolatedBackend(InferenceBackend):
                 if not 0.0 <= answer <= 1.0:
                     raise ValueError("a share is between 0 and 1")
             case "loaded" if command.to_load is not None:
-                fields = {**rest[0], "file": command.to_load.model}
+                asked = command.to_load
+                fields = {**rest[0], "file": asked.model, "draft": asked.options.draft}
                 answer = self._loaded = LOADED_MODEL.validate_python(fields)
                 self._wanted, self._refusal = command.to_load, None
             case "done":

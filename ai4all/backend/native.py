@@ -258,6 +258,8 @@ class NativeBackend(InferenceBackend):
                 kv_type=options.kv_type,
                 use_mmap=options.use_mmap,
                 prefix_cache_bytes=options.prefix_cache_mb * _MIB,
+                draft_path=os.fsencode(options.draft.path) if options.draft is not None else b"",
+                draft_tokens=options.draft_tokens,
             ),
             to_load=(model, options),
         )
@@ -515,6 +517,7 @@ class NativeBackend(InferenceBackend):
             threads=shape["n_threads"],
             has_chat_template=shape["has_chat_template"],
             metadata=shape["metadata"],
+            draft=options.draft,
         )
         return _Running(loaded, shape, options)
 
@@ -537,6 +540,7 @@ class NativeBackend(InferenceBackend):
             deterministic=request.deterministic,
             prefix_reused=n_reused,
             batched_with=n_neighbours,
+            drafted_by_model=drafts[2] > 0,
         )
         return Completion(
             text=text,
@@ -551,6 +555,7 @@ class NativeBackend(InferenceBackend):
             fingerprint=fingerprint,
             draft_tokens=drafts[0],
             draft_accepted=drafts[1],
+            draft_model_tokens=drafts[2],
         )
 
     def _fingerprint(
@@ -562,8 +567,10 @@ class NativeBackend(InferenceBackend):
         deterministic: bool = False,
         prefix_reused: int = 0,
         batched_with: int = 0,
+        drafted_by_model: bool = False,
     ) -> Fingerprint:
         shape = running.shape
+        draft = running.options.draft if drafted_by_model else None
         return Fingerprint(
             model_sha256=running.loaded.file.sha256,
             engine_build=self._build_line,
@@ -579,6 +586,7 @@ class NativeBackend(InferenceBackend):
             deterministic=deterministic,
             prefix_reused=prefix_reused,
             batched_with=batched_with,
+            draft_model_sha256=draft.sha256 if draft is not None else None,
             output_tokens_sha256=tokens_sha256(tokens),
         )
 

@@ -373,7 +373,17 @@ class Fingerprint(_Wire):
     deterministic: bool
     prefix_reused: int
     batched_with: int
+    draft_model_sha256: str | None = None
+    """Of the model that drafted tokens for the one that computed; None: none did."""
     output_tokens_sha256: str
+
+    @model_serializer(mode="wrap")
+    def _without_absent_draft_model(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = write(self)
+        # A worker without a draft model says what it said before there were any.
+        if fields.get("draft_model_sha256") is None:
+            fields.pop("draft_model_sha256", None)
+        return fields
 
 
 class TaskResult(_Wire):

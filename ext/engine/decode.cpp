@@ -96,7 +96,17 @@ void engine::impl::plan_draft(slot & place) {
     }
     const size_t left =
         std::min<size_t>(params.max_tokens - place.n_sampled, model->info().n_ctx + 1 - place.tokens.size());
-    place.drafted = place.drafter.draft(place.tokens, left > 0 ? left - 1 : 0, cost);
+    const size_t room = left > 0 ? left - 1 : 0;
+    place.drafted     = place.drafter.draft(place.tokens, room, cost);
+    place.by_model    = false;
+    if (draft && (place.drafted.empty() || !place.drafter.is_quotation())) {
+        std::vector<llama_token> ahead = draft->draft(place, room, cost, chunk_target_ns);
+        if (!ahead.empty()) {
+            place.drafted  = std::move(ahead);
+            place.by_model = true;
+            place.n_by_model += static_cast<int32_t>(place.drafted.size());
+        }
+    }
 
     llama_batch & batch = model->batch();
     for (size_t i = 0; i < place.drafted.size(); ++i) {
@@ -200,7 +210,7 @@ void engine::impl::advance(slot & place, int64_t now) {
         fail(place, errc::compute_failed, error.what());
     }
     if (!place.drafted.empty()) {
-        place.drafter.learn(place.drafted.size(), right);
+        place.by_model ? place.odds.learn(right) : place.drafter.learn(place.drafted.size(), right);
         if (right < place.drafted.size()) {
             llama_memory_seq_rm(model->memory(), seq, static_cast<llama_pos>(place.n_past), -1);
         }

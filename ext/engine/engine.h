@@ -60,6 +60,8 @@ struct load_params {
     std::string kv_type            = "f16";
     bool        use_mmap           = true;
     uint64_t    prefix_cache_bytes = 256ull << 20;  // for computed prompts that lost their slot
+    std::string draft_path;                         // a smaller model that drafts; empty: none
+    uint32_t    draft_tokens = 0;                   // in each of its drafts; 0: as many as pay
 };
 
 struct model_info {
@@ -99,7 +101,7 @@ struct generate_params {
     std::string              json_schema;            // empty: none
     int32_t                  logprobs     = -1;      // >= 0: of each token, and of so many likeliest
     bool                     reuse_prefix = true;    // take the cache of an earlier prompt
-    bool                     speculate    = true;    // draft by prompt lookup where it pays
+    bool                     speculate    = true;    // draft where it pays
     int64_t                  deadline_ns  = 0;       // steady clock; 0: none
 };
 
@@ -167,6 +169,7 @@ struct event {
     int32_t                    n_neighbours  = 0;  // most other sequences in one batch with it
     int32_t                    n_drafted     = 0;  // tokens drafted, and how many of them were right
     int32_t                    n_draft_right = 0;
+    int32_t                    n_by_model    = 0;  // of those drafted, by the draft model
     stop_reason                reason        = stop_reason::none;
     timeline                   times;
     std::vector<token_logprob> logprobs;  // token: the sampled one, then the likeliest

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -12,6 +13,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "draft_model.h"
 #include "engine.h"
 #include "model.h"
 #include "notifier.h"
@@ -38,6 +40,7 @@ struct engine::impl {
     void                       admit();
     void                       start(command cmd);
     void                       do_load(command cmd);
+    void                       load_models(const load_params & params, const std::function<bool(float)> & progress);
     void                       do_unload(const command & cmd);
     void                       start_job(command cmd);
     void                       advance_job();
@@ -86,6 +89,7 @@ struct engine::impl {
     std::deque<command>           backlog;
     std::vector<slot>             slots;
     std::unique_ptr<loaded_model> model;
+    std::unique_ptr<draft_model>  draft;  // or none
     int64_t                       model_ready = 0;
     std::unique_ptr<side_job>     job;  // at most one; it takes turns with the slots
     prefix_cache                  prefixes{0};

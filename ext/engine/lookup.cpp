@@ -33,19 +33,18 @@ void decode_cost::learn(size_t n_tokens, int64_t ns) noexcept {
     }
 }
 
-size_t lookup_drafter::worthwhile(double p, size_t room, double cost) const noexcept {
-    // Expected tokens of a draft of k, each right with probability p while those before were:
-    // 1 + p + p^2 + ... + p^k, for the time of 1 + cost * k.
-    size_t best      = 0;
-    double best_gain = smallest_gain;
-    double expected  = 1.0;
-    double power     = 1.0;
+draft_worth worth_of_draft(double p, size_t room, double cost) noexcept {
+    // Expected tokens of a draft of k: 1 + p + p^2 + ... + p^k, for the time of 1 + cost * k.
+    draft_worth best;
+    double      best_gain = smallest_gain;
+    double      expected  = 1.0;
+    double      power     = 1.0;
     for (size_t k = 1; k <= room; ++k) {
         power *= p;
         expected += power;
         const double gain = expected / (1.0 + cost * static_cast<double>(k));
         if (gain > best_gain) {
-            best      = k;
+            best      = {k, gain};
             best_gain = gain;
         }
     }
@@ -88,7 +87,7 @@ std::vector<llama_token> lookup_drafter::draft(const std::vector<llama_token> & 
     }
     bucket_              = bucket_of(match);
     const record & known = records_[bucket_];
-    const size_t   k     = worthwhile(known.right / known.tried, std::min(room, n - found), cost.per_token());
+    const size_t   k = worth_of_draft(known.right / known.tried, std::min(room, n - found), cost.per_token()).n_tokens;
     return {tokens.begin() + static_cast<ptrdiff_t>(found), tokens.begin() + static_cast<ptrdiff_t>(found + k)};
 }
 

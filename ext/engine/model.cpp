@@ -42,7 +42,7 @@ bool call_progress(float share, void * data) {
 }  // namespace
 
 loaded_model::loaded_model(const load_params & params, const std::function<bool(float)> & progress,
-                           ggml_abort_callback abort, void * abort_data) {
+                           ggml_abort_callback abort, void * abort_data, const loaded_model * lender) {
     log_take_errors();
     cpu_layouts_install();
 
@@ -81,7 +81,15 @@ loaded_model::loaded_model(const load_params & params, const std::function<bool(
     cparams_.abort_callback      = abort;
     cparams_.abort_callback_data = abort_data;
     open_context(params);
-    attach_threadpools(params);
+    if (lender) {
+        pool_       = lender->pool_;
+        pool_batch_ = lender->pool_batch_;
+        if (pool_) {
+            llama_attach_threadpool(ctx_.get(), pool_, pool_batch_);
+        }
+    } else {
+        attach_threadpools(params);
+    }
     if (llama_model_has_decoder(model_.get())) {
         warm_up();
     }
@@ -109,10 +117,10 @@ loaded_model::~loaded_model() {
         }
         ctx->reset();
     }
-    if (pool_batch_ && pool_batch_ != pool_) {
+    if (free_pool_ && pool_batch_ != pool_) {
         free_pool_(pool_batch_);
     }
-    if (pool_) {
+    if (free_pool_ && pool_) {
         free_pool_(pool_);
     }
 }

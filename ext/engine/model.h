@@ -20,10 +20,11 @@ constexpr size_t scoring_rows = 256;
 class loaded_model {
   public:
     // `progress` is called with a share in 0..1 and returns false to give up; `abort` is asked
-    // by the CPU backend inside a decode whether to break it off.
+    // by the CPU backend inside a decode whether to break it off. A `lender` lends its threads, and
+    // outlives what is loaded beside it.
     // Throws engine_error: load_failed, out_of_memory, cancelled.
     loaded_model(const load_params & params, const std::function<bool(float)> & progress, ggml_abort_callback abort,
-                 void * abort_data);
+                 void * abort_data, const loaded_model * lender = nullptr);
     ~loaded_model();
     loaded_model(const loaded_model &)             = delete;
     loaded_model & operator=(const loaded_model &) = delete;

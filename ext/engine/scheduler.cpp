@@ -1,7 +1,9 @@
 // Engine thread: what runs next. Commands are admitted in order; slots and a side job take turns.
 
 #include <algorithm>
+#include <filesystem>
 #include <new>
+#include <system_error>
 
 #include "engine_impl.h"
 
@@ -258,6 +260,7 @@ void engine::impl::drop_model() {
     job.reset();
     slots.clear();
     prefixes.clear();
+    draft.reset();
     model.reset();
 }
 
@@ -366,8 +369,9 @@ void engine::impl::do_load(command cmd) {
         return !stopping && !cmd.is_cancelled();
     };
     try {
-        model = std::make_unique<loaded_model>(cmd.load, progress, should_abort, this);
+        load_models(cmd.load, progress);
     } catch (const std::exception & error) {
+        drop_model();
         const auto * known  = dynamic_cast<const engine_error *>(&error);
         const bool   memory = dynamic_cast<const std::bad_alloc *>(&error) != nullptr;
         fail(cmd, known ? known->code() : memory ? errc::out_of_memory : errc::load_failed, error.what());
@@ -403,6 +407,26 @@ void engine::impl::do_load(command cmd) {
     end_command(cmd.id);
 }
 
+void engine::impl::load_models(const load_params & params, const std::function<bool(float)> & progress) {
+    if (params.draft_path.empty()) {
+        model = std::make_unique<loaded_model>(params, progress, should_abort, this);
+        return;
+    }
+    std::error_code unknown;
+    const auto      size  = static_cast<double>(std::filesystem::file_size(params.path, unknown));
+    const auto      more  = static_cast<double>(std::filesystem::file_size(params.draft_path, unknown));
+    const auto      first = static_cast<float>(unknown ? 0.5 : size / (size + more));
+
+    model = std::make_unique<loaded_model>(
+        params, [&](float share) { return progress(first * share); }, should_abort, this);
+    try {
+        draft = std::make_unique<draft_model>(
+            params, *model, [&](float share) { return progress(first + (1.0f - first) * share); }, should_abort, this);
+    } catch (const engine_error & error) {
+        throw engine_error(error.code(), std::string("draft_model: ") + error.what());
+    }
+}
+
 void engine::impl::do_unload(const command & cmd) {
     drop_model();
     {
@@ -432,6 +456,7 @@ void engine::impl::finish(slot & place, stop_reason reason) {
     e.n_neighbours  = place.n_neighbours;
     e.n_drafted     = place.n_drafted;
     e.n_draft_right = place.n_draft_right;
+    e.n_by_model    = place.n_by_model;
     e.times         = place.times;
     out.push_back(std::move(e));
     release(place);

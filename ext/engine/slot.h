@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "draft_odds.h"
 #include "engine.h"
 #include "llama.h"
 #include "lookup.h"
@@ -50,9 +51,12 @@ struct slot {
     timeline                     times;
     std::unique_ptr<sampler>     sampling;
     lookup_drafter               drafter;
-    std::vector<llama_token>     drafted;  // in the batch behind the pending token, not in `tokens`
+    draft_odds                   odds;
+    std::vector<llama_token>     drafted;                // in the batch behind the pending token, not in `tokens`
+    bool                         by_model      = false;  // the draft model made it
     int32_t                      n_drafted     = 0;
     int32_t                      n_draft_right = 0;
+    int32_t                      n_by_model    = 0;
     std::unique_ptr<text_stream> text;
 
     std::vector<llama_token> cached;  // free: what the sequence still holds

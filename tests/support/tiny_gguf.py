@@ -131,9 +131,12 @@ def tiny_metadata(
     n_ff: int = 128,
     n_ctx: int = 512,
     file_type: int = 0,
+    renamed: Mapping[int, str] | None = None,
 ) -> dict[str, tuple[str, Any]]:
     """The metadata of the tiny model, to write or to spoil."""
     tokens, scores, types = _vocabulary()
+    for token, text in (renamed or {}).items():
+        tokens[token] = text
     metadata: dict[str, tuple[str, Any]] = {
         "general.architecture": ("str", "llama"),
         "general.name": ("str", "Tiny random llama"),
@@ -234,6 +237,7 @@ def write_tiny_gguf(
     eos_bias: float = 0.0,
     n_layers: int = 2,
     n_ctx: int = 512,
+    renamed: Mapping[int, str] | None = None,
 ) -> Path:
     """Write the tiny model and return its path. About 0.6 MB as F32.
 
@@ -245,6 +249,7 @@ def write_tiny_gguf(
             tens of tokens, at 0.8 most end within a few.
         n_layers: Number of blocks.
         n_ctx: Context length that the file declares.
+        renamed: Tokens by id that have another text: the vocabulary of another model.
     """
     path = Path(path)
     metadata = tiny_metadata(
@@ -252,6 +257,7 @@ def write_tiny_gguf(
         n_layers=n_layers,
         n_ctx=n_ctx,
         file_type={F32: 0, Q8_0: 7}[weight_type],
+        renamed=renamed,
     )
     tensors = tiny_tensors(seed=seed, weight_type=weight_type, eos_bias=eos_bias, n_layers=n_layers)
     path.write_bytes(encode_gguf(metadata, tensors))

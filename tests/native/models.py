@@ -1,0 +1,23 @@
+"""Writes the models of the native tests: ``python models.py FOLDER``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from tiny_gguf import Q8_0, write_tiny_gguf
+
+
+def main(folder: Path) -> None:
+    """Write the tiny model, and what may stand beside it as its draft model."""
+    write_tiny_gguf(folder / "tiny.gguf")
+    write_tiny_gguf(folder / "other.gguf", seed=1)
+    write_tiny_gguf(folder / "close.gguf", weight_type=Q8_0)
+    write_tiny_gguf(folder / "strange.gguf", renamed={300: "nowhere"})
+    write_tiny_gguf(folder / "short.gguf", n_ctx=64)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
