@@ -77,26 +77,30 @@ def print_findings(runs: list[Findings], seed: int, console: Console) -> None:
     )
 
 
-async def measure(folder: Path, stops: int, seed: int, console: Console) -> list[Findings]:
-    """Half of it with a coordinator that speaks all extensions, half with one that has none."""
-    model = write_tiny_gguf(folder / "tiny.gguf")
-    environment = own_environment(folder, model)
+def prepare(folder: Path) -> dict[str, str]:
+    """Do the first run; gives the variables of the workers."""
+    environment = own_environment(folder, write_tiny_gguf(folder / "tiny.gguf"))
     subprocess.run(real_command("benchmark"), env=environment, check=True, capture_output=True)
-    runs = []
+    return environment
+
+
+async def measure(
+    environment: dict[str, str], stops: int, seed: int, console: Console
+) -> list[Findings]:
+    """Half of it with a coordinator that speaks all extensions, half with one that has none."""
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("stopping workers", total=stops)
-        for strict_seed in (False, True):
-            runs.append(
-                await stop_again_and_again(
-                    lambda url: real_command("worker", "--coordinator", url),
-                    environment,
-                    count=stops // 2,
-                    seed=seed + strict_seed,
-                    strict_seed=strict_seed,
-                    on_stop=lambda: progress.advance(bar),
-                )
+        return [
+            await stop_again_and_again(
+                lambda url: real_command("worker", "--coordinator", url),
+                environment,
+                count=stops // 2,
+                seed=seed + strict_seed,
+                strict_seed=strict_seed,
+                on_stop=lambda: progress.advance(bar),
             )
-    return runs
+            for strict_seed in (False, True)
+        ]
 
 
 def main(
@@ -108,12 +112,11 @@ def main(
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
-        runs = asyncio.run(measure(Path(folder), stops, seed, Console(stderr=True)))
+        runs = asyncio.run(measure(prepare(Path(folder)), stops, seed, Console(stderr=True)))
     short = shortcomings(runs)
     if as_json:
-        print(
-            ujson.dumps({"runs": list(map(asdict, runs)), "seed": seed, "short": short}, indent=2)
-        )
+        document = {"runs": [asdict(found) for found in runs], "seed": seed, "short": short}
+        print(ujson.dumps(document, indent=2))
     else:
         console = Console(soft_wrap=True)
         print_findings(runs, seed, console)

@@ -67,8 +67,9 @@ class Findings:
 class _Scene:
     """A coordinator that never runs out of work until it is told that it is enough."""
 
-    def __init__(self, seed: int, *, strict_seed: bool) -> None:
+    def __init__(self, seed: int, lengths: Sequence[int], *, strict_seed: bool) -> None:
         self.rng = random.Random(seed)
+        self.lengths = lengths
         self.is_enough = False
         self.registered = asyncio.Event()
         self.registered_at = 0.0
@@ -87,7 +88,7 @@ class _Scene:
 
     def _refill(self) -> None:
         while not self.is_enough and self.coordinator.unfinished < 4:
-            tokens = self.rng.choice((1, 8, 64, 256, 1024))
+            tokens = self.rng.choice(self.lengths)
             prompt = f"prompt {self.rng.random()}"
             task_input = {"prompt": prompt, "max_tokens": tokens, "temperature": 0.0}
             self.coordinator.add(TaskSpec(input=task_input))
@@ -133,6 +134,7 @@ async def stop_again_and_again(
     count: int,
     seed: int,
     strict_seed: bool = False,
+    lengths: Sequence[int] = (1, 8, 64, 256, 1024),
     on_stop: Callable[[], None] = lambda: None,
 ) -> Findings:
     """Stop a worker ``count`` times; then let one do what is left.
@@ -143,11 +145,12 @@ async def stop_again_and_again(
         count: Stops.
         seed: Of the moments, and of the lengths of blocks.
         strict_seed: Whether the coordinator speaks the first protocol to the letter.
+        lengths: Tokens of a block, to be drawn from.
         on_stop: Called after each stop.
     """
     found = Findings()
     begun_at = time.monotonic()
-    scene = _Scene(seed, strict_seed=strict_seed)
+    scene = _Scene(seed, lengths, strict_seed=strict_seed)
     usual_start = 1.0
     async with scene.coordinator as coordinator:
         for _ in range(count):
