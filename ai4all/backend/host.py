@@ -21,6 +21,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from ai4all.backend.base import (
     Completion,
     GenerationEvent,
@@ -55,6 +57,10 @@ _PR_SET_PDEATHSIG = 1
 
 # The system, out of memory, takes this process before the worker that would report it.
 _OOM_SCORE = "500"
+
+# Of what is free at a load, this share may be allocated; and this much in any case.
+_SHARE_OF_MEMORY = 0.9
+_LEAST_MEMORY = 1 << 30
 
 
 class EngineHost:
@@ -153,6 +159,9 @@ class EngineHost:
             self._flush()
 
     async def _load(self, number: int, model: Any, options: Any) -> None:
+        if self._serving.capabilities().backend == "cpu":
+            # A driver of a GPU takes address space that it never fills.
+            _limit_memory()
         loaded = await self._serving.load(
             MODEL_FILE.validate_python(model),
             ENGINE_OPTIONS.validate_python(options),
@@ -228,6 +237,23 @@ def _log_places(error: Exception) -> None:
         for frame in traceback.extract_tb(error.__traceback__)
     ]
     log.error("unexpected %s in the engine process: %s", type(error).__name__, ", ".join(places))
+
+
+def _limit_memory() -> None:
+    """Have allocations fail before the machine is out of memory: a file may ask for all of it.
+
+    Weights that are mapped from their file do not count, what is allocated for them does. The
+    limit is made anew with each load, because what is free changes.
+    """
+    if sys.platform != "linux":
+        return
+    in_use = psutil.Process().memory_info().data
+    free = psutil.virtual_memory().available
+    most = in_use + max(_LEAST_MEMORY, int(free * _SHARE_OF_MEMORY))
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 def _settle(parent: int) -> None:

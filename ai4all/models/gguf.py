@@ -24,19 +24,12 @@ from typing import NoReturn
 from ai4all.errors import InvalidModelFile
 from ai4all.models.gguf_format import (
     ALIGNMENTS,
-    ARCHITECTURE,
-    ARCHITECTURE_KEY_TYPES,
-    ARCHITECTURE_REQUIRED_KEYS,
     ARRAY,
     BOOL,
     BYTE_TOKEN,
-    BYTE_TOKEN_TYPE,
     FILE_TYPES,
     INT64_MAX,
-    INTEGERS,
-    KEY_TYPES,
     MAX_ARRAY_ITEMS,
-    MAX_BLOCKS,
     MAX_DIMENSIONS,
     MAX_HEADER_BYTES,
     MAX_KEY_BYTES,
@@ -47,27 +40,19 @@ from ai4all.models.gguf_format import (
     MAX_TEMPLATE_BYTES,
     MAX_TENSORS,
     MAX_VOCABULARY,
-    REQUIRED_KEYS,
     SCALARS,
     SMALL_ARRAY,
     STRING,
     TENSOR_TYPES,
+    VECTOR_TYPES,
+    WEIGHTLESS_TYPES,
     WINDOW,
+    ArrayInfo,
+    Value,
 )
+from ai4all.models.gguf_meaning import Vocabulary, length_of, problems
 
 __all__ = ["ArrayInfo", "GGUFHeader", "TensorInfo", "read_header"]
-
-
-@dataclass(frozen=True, slots=True)
-class ArrayInfo:
-    """A metadata array that is described instead of kept: the type of its items, their number."""
-
-    item_type: str
-    length: int
-
-
-Value = int | float | bool | str | tuple[int | float | bool | str, ...] | ArrayInfo
-"""A metadata value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +131,7 @@ class GGUFHeader:
     @property
     def vocabulary_size(self) -> int:
         """Number of tokens."""
-        return _length(self.metadata["tokenizer.ggml.tokens"])
+        return length_of(self.metadata["tokenizer.ggml.tokens"])
 
     @property
     def has_chat_template(self) -> bool:
@@ -222,8 +207,7 @@ class _Reader:
         self._at = 0  # position in the window
         self._n_strings = 0
         # Filled while the arrays pass by, for the check of the tokenizer as a whole.
-        self._byte_tokens: set[int] = set()
-        self._token_types: tuple[int, ...] = ()
+        self._vocabulary = Vocabulary()
 
     def read(self) -> GGUFHeader:
         magic = self._take(4, "the magic number")
@@ -361,7 +345,7 @@ class _Reader:
             return ArrayInfo(name, length), f"array:{name}"
         items = self._unpack(f"<{length}{code}", what)
         if is_token_type:
-            self._token_types = items
+            self._vocabulary.token_types = items
         if number == BOOL:
             items = tuple(self._bool(item, what) for item in items)
         keep = self._arrays or length <= SMALL_ARRAY
@@ -376,6 +360,7 @@ class _Reader:
         if is_tokens and count > MAX_VOCABULARY:
             self._fail(f"has {count} tokens; at most {MAX_VOCABULARY} are accepted")
         kept: list[str] = []
+        texts: set[bytes] = set()
         length_at = struct.Struct("<Q").unpack_from
         # The window is in local names: a vocabulary has hundreds of thousands of strings.
         window, at = self._window, self._at
@@ -397,73 +382,36 @@ class _Reader:
                 window, at, end = self._window, 0, len(self._window)
             if self._arrays:
                 kept.append(window[at : at + length].decode(errors="replace"))
-            if is_tokens and length == 6 and BYTE_TOKEN.match(window, at, at + 6):
-                self._byte_tokens.add(index)
+            if is_tokens:
+                self._note_token(index, window[at : at + length], texts)
             at += length
         self._at = at
         return tuple(kept) if self._arrays else ArrayInfo("str", count)
 
+    def _note_token(self, index: int, text: bytes, texts: set[bytes]) -> None:
+        seen = self._vocabulary
+        # Loaders read texts up to the first zero byte, and give names of their own to empty ones.
+        text = text.partition(b"\0")[0] if b"\0" in text else text
+        if len(text) == 6 and BYTE_TOKEN.match(text):
+            seen.byte_tokens.add(index)
+        elif text == b"\\n":
+            seen.has_newline = True
+        if text in texts and text and seen.twins is None:
+            seen.twins = index
+        texts.add(text)
+
     # What the keys mean.
 
     def _check_metadata(self, metadata: dict[str, Value], types: dict[str, str]) -> int:
-        """Check required keys, types and lengths; return the alignment of tensor data."""
-        for key in REQUIRED_KEYS:
-            if key not in metadata:
-                self._fail(f"has no {key}")
-        self._check_types(KEY_TYPES, "", types)
-        architecture = str(metadata["general.architecture"])
-        if not ARCHITECTURE.fullmatch(architecture):
-            self._fail(f"has the architecture {architecture[:64]!r}, which is not a name")
-        self._check_types(ARCHITECTURE_KEY_TYPES, f"{architecture}.", types)
-        kind = metadata.get("general.type", "model")
-        if kind != "model":
-            self._fail(f"is not a model by itself: its general.type is {str(kind)[:64]!r}")
-        parts = metadata.get("split.count", 0)
-        if isinstance(parts, int) and parts > 1:
-            self._fail(f"is one part of {parts}; merge them into one file first")
-        for key in ARCHITECTURE_REQUIRED_KEYS:
-            value = metadata.get(f"{architecture}.{key}")
-            most = MAX_BLOCKS if key == "block_count" else (1 << 31) - 1
-            if value is None:
-                self._fail(f"has no {architecture}.{key}")
-            if not isinstance(value, int) or not 1 <= value <= most:
-                self._fail(f"has {architecture}.{key} = {value}; 1 to {most} are accepted")
-        for key, value in metadata.items():
-            ours = key.removeprefix(f"{architecture}.") in ARCHITECTURE_KEY_TYPES
-            n_blocks = metadata[f"{architecture}.block_count"]
-            if ours and types[key].startswith("array:") and _length(value) != n_blocks:
-                self._fail(f"{key} has {_length(value)} items, not one for each block")
-        self._check_tokenizer(metadata, types)
+        """Check what the keys say; return the alignment of tensor data."""
+        for problem in problems(metadata, types, self._vocabulary):
+            self._fail(problem)
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment not in ALIGNMENTS:
             self._fail(
                 f"has general.alignment = {alignment}; powers of two from 8 to 4096 are accepted"
             )
         return alignment
-
-    def _check_types(
-        self, expected: Mapping[str, str], prefix: str, types: Mapping[str, str]
-    ) -> None:
-        for key, accepted in expected.items():
-            found = types.get(prefix + key)
-            if found is not None and found not in accepted.split("|"):
-                self._fail(f"{prefix}{key} is {found}, expected {accepted.replace('|', ' or ')}")
-
-    def _check_tokenizer(self, metadata: dict[str, Value], types: dict[str, str]) -> None:
-        n_tokens = _length(metadata["tokenizer.ggml.tokens"])
-        if n_tokens == 0:
-            self._fail("has an empty vocabulary")
-        for key in ("tokenizer.ggml.scores", "tokenizer.ggml.token_type"):
-            if key in metadata and _length(metadata[key]) != n_tokens:
-                self._fail(f"{key} has {_length(metadata[key])} items for {n_tokens} tokens")
-        for key, found in types.items():
-            is_token_id = key.startswith("tokenizer.ggml.") and key.endswith("_token_id")
-            if is_token_id and found not in INTEGERS:
-                self._fail(f"{key} is {found}, expected an integer")
-        for index, kind in enumerate(self._token_types):
-            # Loaders take the byte's value out of the token's text without looking.
-            if kind == BYTE_TOKEN_TYPE and index not in self._byte_tokens:
-                self._fail(f"token {index} is a byte token, but its text is not <0xHH>")
 
     # Tensors.
 
@@ -514,6 +462,8 @@ class _Reader:
         if number not in TENSOR_TYPES:
             self._fail(f"tensor {name} has the unknown type {number}")
         type_name, block, block_bytes = TENSOR_TYPES[number]
+        if type_name in WEIGHTLESS_TYPES or (n_dims == 1 and type_name not in VECTOR_TYPES):
+            self._fail(f"tensor {name} has {n_dims} dimensions of {type_name}, which is no weight")
         if dims[0] % block:
             self._fail(
                 f"tensor {name} has rows of {dims[0]}, not a multiple of {type_name}'s {block}"
@@ -526,12 +476,6 @@ class _Reader:
 
 def _padded(offset: int, alignment: int) -> int:
     return offset + -offset % alignment
-
-
-def _length(value: Value) -> int:
-    if isinstance(value, ArrayInfo):
-        return value.length
-    return len(value) if isinstance(value, tuple) else 0
 
 
 def _reason(error: Exception) -> str:

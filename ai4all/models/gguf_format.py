@@ -8,7 +8,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayInfo:
+    """A metadata array that is described instead of kept: the type of its items, their number."""
+
+    item_type: str
+    length: int
+
+
+Value = int | float | bool | str | tuple[int | float | bool | str, ...] | ArrayInfo
+"""A metadata value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """What a kind of tokenizer does unless the file says otherwise.
+
+    Attributes:
+        ids: Its special tokens.
+        added: Those that it puts around every text.
+    """
+
+    ids: Mapping[str, int] = field(default_factory=dict)
+    added: frozenset[str] = frozenset()
+
 
 # Limits of ours. Each is far above what published models need and far below what hurts.
 MAX_KEYS = 4096
@@ -22,6 +49,8 @@ MAX_STRINGS = 4 << 20
 MAX_HEADER_BYTES = 128 << 20
 MAX_DIMENSIONS = 4
 MAX_BLOCKS = 512
+MAX_EXPERTS = 1024
+MAX_TEMPLATE_DEPTH = 200
 MAX_VOCABULARY = 1 << 20
 ALIGNMENTS = frozenset(1 << n for n in range(3, 13))
 SMALL_ARRAY = 1024
@@ -37,6 +66,11 @@ SCALARS = {
     12: ("f64", "d"),
 }  # fmt: skip
 INTEGERS = frozenset({"u8", "i8", "u16", "i16", "u32", "i32", "u64", "i64"})
+
+# Types that only computations in progress have, and such as no weight is multiplied by.
+WEIGHTLESS_TYPES = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I64", "F64"})
+VECTOR_TYPES = frozenset({"F32"})
+"""What norms and biases come in; the CPU computes with no other."""
 
 # Tensor type: name, weights in a block, bytes of a block. Numbers missing here were withdrawn.
 TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = MappingProxyType({
@@ -96,10 +130,22 @@ ARCHITECTURE_KEY_TYPES = {
     "rope.dimension_count": "u32",
     "rope.freq_base": "f32",
     "expert_count": "u32",
-    "expert_used_count": "u32",
+    "expert_used_count": "u32|array:u32|array:i32",
 }
 REQUIRED_KEYS = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.tokens")
 ARCHITECTURE_REQUIRED_KEYS = ("block_count", "context_length", "embedding_length")
 ARCHITECTURE = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+ROPE_SCALINGS = frozenset({"none", "linear", "yarn", "longrope"})
+TOKENIZERS: Mapping[str, Tokenizer] = MappingProxyType({
+    "llama": Tokenizer({"bos": 1, "eos": 2}, frozenset({"bos"})),
+    "gpt2": Tokenizer({"bos": 11, "eos": 11}),
+    "bert": Tokenizer({"bos": 101, "seperator": 102}, frozenset({"bos"})),
+    "t5": Tokenizer({"eos": 1}, frozenset({"eos"})),
+    "rwkv": Tokenizer(),
+    "plamo2": Tokenizer({"bos": 1, "eos": 2}),
+    "gemma4": Tokenizer({"bos": 2, "eos": 1}),
+    "hybriddna": Tokenizer({"bos": 11, "eos": 11}),
+    "whitespace": Tokenizer({"bos": 11, "eos": 11}),
+})  # fmt: skip
 BYTE_TOKEN_TYPE = 6
 BYTE_TOKEN = re.compile(rb"<0x[0-9A-Fa-f]{2}>")

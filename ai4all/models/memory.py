@@ -262,11 +262,16 @@ def admit(
 
     Raises:
         OutOfMemory: It does not fit.
+        InvalidModelFile: It is not one that may be loaded.
     """
-    estimate = estimate_file(model, options, capabilities)
-    if estimate is None:
-        # What is wrong with the file is the loader's to say.
-        return options
+    try:
+        estimate = _estimate(model, options, capabilities)
+    except InvalidModelFile as error:
+        if isinstance(error.__cause__, OSError):
+            # A file that cannot be read at all is the loader's to complain of.
+            return options
+        # It was checked when it came. By now the check may know better.
+        raise
     free, device_free = free_memory(), None
     gpu = next((d for d in capabilities.devices if d.kind in ("gpu", "igpu")), None)
     if gpu is not None and options.gpu_layers != 0:
@@ -297,6 +302,7 @@ async def load_model(
 
     Raises:
         OutOfMemory: It does not; whatever was loaded before stays.
+        InvalidModelFile: Its file is not one that may be loaded.
         ComputeError: The load failed.
     """
     options = await asyncio.to_thread(admit, model, options, backend.capabilities(), backend.loaded)
@@ -308,11 +314,16 @@ def estimate_file(
 ) -> MemoryEstimate | None:
     """``estimate_memory`` of a model as a backend would run it; None when it cannot be read."""
     try:
-        header = read_header(model.path)
+        return _estimate(model, options, capabilities)
     except InvalidModelFile:
         return None
+
+
+def _estimate(
+    model: ModelFile, options: EngineOptions, capabilities: Capabilities
+) -> MemoryEstimate:
     return estimate_memory(
-        header,
+        read_header(model.path),
         options,
         cpu_features=capabilities.build_info.get("cpu_features", ()),
         has_gpu=any(device.kind in ("gpu", "igpu") for device in capabilities.devices),

@@ -21,6 +21,7 @@ import psutil
 import pytest
 import scripted_host
 import ujson
+from mortality import deadly_model
 from tiny_gguf import encode_gguf, tiny_metadata, tiny_tensors
 
 from ai4all.backend.base import (
@@ -56,9 +57,6 @@ from ai4all.types.model import ModelFile
 OPTIONS = EngineOptions(n_ctx=512, n_batch=64, n_ubatch=64, threads=1)
 SCRIPTED = ModelFile("scripted", Path("absent.gguf"), "a" * 64, 100)
 LONG = 400
-
-# llama.cpp asserts that no more experts are used than there are; this model has none.
-SPOILED = {"llama.expert_used_count": ("u32", 2)}
 
 
 def file_of(path: Path) -> ModelFile:
@@ -332,7 +330,7 @@ class TestDeath:
             (tools / name).chmod(0o755)
         monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
         hostile = tmp_path / "hostile.gguf"
-        hostile.write_bytes(encode_gguf(tiny_metadata() | SPOILED, tiny_tensors()))
+        hostile.write_bytes(deadly_model())
         records = tmp_path / "crashes"
         async with IsolatedBackend(crash_records=CrashRecords(records)) as backend:
             with pytest.raises(EngineCrashed, match="GGML_ASSERT") as caught:
@@ -341,7 +339,7 @@ class TestDeath:
             assert caught.value.details is not None
             assert caught.value.details["state"] == "loading"
             content = ujson.loads((records / caught.value.details["crash_record"]).read_text())
-            assert "llama-model.cpp:" in content["assertion"]
+            assert "baichuan.cpp:" in content["assertion"]
             assert content["signal"] == "SIGABRT"
             await backend.load(file_of(tiny_model), OPTIONS)
             assert (await backend.complete(greedy())).usage.completion_tokens == 16
@@ -614,7 +612,7 @@ class TestQuarantine:
 
     async def test_a_model_that_dies_at_each_load(self, tmp_path: Path) -> None:
         hostile = tmp_path / "hostile.gguf"
-        hostile.write_bytes(encode_gguf(tiny_metadata() | SPOILED, tiny_tensors()))
+        hostile.write_bytes(deadly_model())
         async with IsolatedBackend() as backend:
             for _ in range(3):
                 with pytest.raises(EngineCrashed, match="GGML_ASSERT"):
