@@ -624,7 +624,7 @@ async def test_a_result_that_no_message_can_hold() -> None:
     scripts = [tokens(*["x" * 1000] * 5), tokens(" small")]
     async with (
         serving(coordinator),
-        working(coordinator, FakeBackend(scripts), max_size=4000) as running,
+        working(coordinator, FakeBackend(scripts), link={"max_size": 4000}) as running,
     ):
         await running.until(lambda: "good" in coordinator.results())
     error = coordinator.results()["big"]["error"]
@@ -699,5 +699,7 @@ async def test_a_link_that_fails_for_good_ends_the_worker() -> None:
     coordinator = Foreign()
     async with serving(coordinator):
         with pytest.raises(VersionMismatch):
-            async with working(coordinator) as running:
+            async with working(
+                coordinator, link={"refusal_delay": 0.01}, max_attempts=2
+            ) as running:
                 await running.finished()

@@ -166,7 +166,8 @@ async def working(
     spool: ResultSpool | None = None,
     *,
     session: dict[str, Any] | None = None,
-    max_size: int = 1024 * 1024,
+    link: dict[str, Any] | None = None,
+    max_attempts: int = 0,
     **options: Any,
 ) -> AsyncIterator[Running]:
     backend = backend or FakeBackend()
@@ -176,8 +177,8 @@ async def working(
         backend,
         Models(),
         spool,
-        LinkOptions(url=f"ws://127.0.0.1:{coordinator.port}", max_size=max_size),
-        Attempts(Backoff(1, jitter=0.0), min_session_s=0.0),
+        LinkOptions(url=f"ws://127.0.0.1:{coordinator.port}", **(link or {})),
+        Attempts(Backoff(1, jitter=0.0, max_attempts=max_attempts), min_session_s=0.0),
         WorkerOptions(
             worker_id="w-1",
             benchmark_score=0.5,
