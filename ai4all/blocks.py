@@ -43,6 +43,9 @@ _HANG_SLACK_S: Final = 2.0
 # How long a load that was cancelled may take to end.
 _LAST_LOAD_S: Final = 3.0
 
+# Two clocks that are read one after the other differ by less than this.
+_LEAST_SLEEP_MS: Final = 1000.0
+
 # A deadline further away than this is none; native clocks count nanoseconds in 64 bits.
 _MAX_DEADLINE_S: Final = 30 * 86_400.0
 
@@ -69,6 +72,7 @@ class Block:
         assignment: What the coordinator sent.
         received_at: Monotonic time of its receipt.
         deadline: Monotonic time of its deadline, or None when it is far away.
+        asleep_before: What ``clock.asleep()`` gave at its receipt.
         clock: What tells the time.
         task: What runs it.
         job: What computes it, once that has begun.
@@ -80,20 +84,26 @@ class Block:
     assignment: Assignment
     received_at: float
     deadline: float | None
+    asleep_before: float
     clock: Clock = SYSTEM_CLOCK
     task: asyncio.Task[None] | None = None
     job: Job | None = None
     started_at: float | None = None
     stopped_by: ComputeError | None = field(default=None)
     is_computing: bool = False
+    _alarm: asyncio.TimerHandle | None = None
 
     @classmethod
     def received(cls, assignment: Assignment, clock: Clock = SYSTEM_CLOCK) -> Block:
-        """Take an assignment now: its wall-clock deadline becomes one that no clock jump moves."""
+        """Take an assignment now: its wall-clock deadline becomes one that no clock jump moves.
+
+        Who sets the deadline tells the time: this machine's clock counts only for a frame without
+        a timestamp.
+        """
         now = clock.monotonic()
-        remaining = (assignment.deadline - clock.utc()).total_seconds()
+        remaining = (assignment.deadline - (assignment.timestamp or clock.utc())).total_seconds()
         deadline = now + remaining if remaining < _MAX_DEADLINE_S else None
-        return cls(assignment, now, deadline, clock)
+        return cls(assignment, now, deadline, clock.asleep(), clock)
 
     @property
     def block_id(self) -> str:
@@ -109,6 +119,30 @@ class Block:
     def remaining(self) -> float | None:
         """Seconds until the deadline; negative when it has passed."""
         return None if self.deadline is None else self.deadline - self.clock.monotonic()
+
+    @property
+    def suspended_ms(self) -> float | None:
+        """Milliseconds that the machine slept since its receipt; None when it did not."""
+        slept = (self.clock.asleep() - self.asleep_before) * 1000.0
+        return slept if slept >= _LEAST_SLEEP_MS else None
+
+    def machine_slept(self, seconds: float) -> None:
+        """Move the deadline to where it is after a sleep. No timer and no engine knows of that."""
+        if self.deadline is None:
+            return
+        self.deadline -= seconds
+        late = DeadlineExceeded("the deadline passed in a sleep of the machine or soon after it")
+        self.rest()
+        loop = asyncio.get_running_loop()
+        self._alarm = loop.call_later(
+            max(0.0, self.deadline - self.clock.monotonic()), self.stop, late
+        )
+
+    def rest(self) -> None:
+        """Let go of what would still happen at its deadline."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
 
     def stop(self, why: ComputeError) -> None:
         """Have it answered with ``why`` instead of a result. Too late, does nothing."""
@@ -128,6 +162,7 @@ class Block:
                 queue_time_ms=(started - self.received_at) * 1000.0,
                 execution_time_ms=(now - started) * 1000.0,
                 total_time_ms=(now - self.received_at) * 1000.0,
+                suspended_ms=self.suspended_ms,
             ),
         )
 
@@ -269,6 +304,7 @@ async def run_block(
         return block.failed(as_compute_error(exc))
     finally:
         block.is_computing = False
+        block.rest()
 
 
 async def _attempt(
@@ -308,7 +344,7 @@ async def _attempt(
         success=True,
         output=computed.output,
         error=None,
-        metrics=_metrics(computed, load_ms, backend),
+        metrics=_metrics(computed, load_ms, backend, block.suspended_ms),
         fingerprint=computed.fingerprint,
     )
 
@@ -327,7 +363,9 @@ async def _find(model_id: str, backend: InferenceBackend, models: ModelSource) -
     return await asyncio.to_thread(models.get, model_id)
 
 
-def _metrics(computed: Computed, load_ms: float, backend: InferenceBackend) -> BlockMetrics:
+def _metrics(
+    computed: Computed, load_ms: float, backend: InferenceBackend, suspended_ms: float | None
+) -> BlockMetrics:
     """The figures of the native loop; a load that the block had to wait for is added to them."""
     timings = computed.timings
     return BlockMetrics(
@@ -340,6 +378,7 @@ def _metrics(computed: Computed, load_ms: float, backend: InferenceBackend) -> B
         tokens_processed=computed.usage.total_tokens,
         tokens_per_second=timings.decode_tokens_per_second,
         peak_memory_mb=backend.resource_usage().memory_mb,
+        suspended_ms=suspended_ms,
     )
 
 

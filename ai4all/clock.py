@@ -25,6 +25,9 @@ else:
     _BOOTTIME = getattr(time, "CLOCK_BOOTTIME", None)
 
 
+_READ_AT_ONCE_S: Final = 0.1
+
+
 class Clock:
     """The clocks of this machine. Seconds throughout."""
 
@@ -38,6 +41,14 @@ class Clock:
         Where the system has no such clock it is ``monotonic``: no sleep is ever seen.
         """
         return time.monotonic() if _BOOTTIME is None else time.clock_gettime(_BOOTTIME)
+
+    def asleep(self) -> float:
+        """Time that the machine has slept since some moment: only differences mean something."""
+        while True:
+            before, boottime, after = self.monotonic(), self.boottime(), self.monotonic()
+            # Whoever is kept waiting between the looks has not slept.
+            if after - before < _READ_AT_ONCE_S:
+                return boottime - after
 
     def wall(self) -> float:
         """Seconds since the epoch, as far as this machine knows."""

@@ -12,6 +12,7 @@ import asyncio
 import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from typing import Any, Final
 
 import structlog
@@ -64,6 +65,7 @@ from ai4all.protocol.messages import (
 )
 from ai4all.protocol.session import Session, SessionOptions
 from ai4all.self_description import describe_worker
+from ai4all.suspend import SuspendWatch
 from ai4all.types.model import ModelFile
 from ai4all.types.task import TaskResult
 from ai4all.worker_delivery import Delivery, never_begun
@@ -94,6 +96,13 @@ _log = structlog.get_logger(__name__)
 
 # How long results that were sent at the end may wait for their acknowledgements.
 _LAST_ACKNOWLEDGEMENTS_S: Final = 3.0
+
+# After a block whose deadline had passed when it came. A coordinator that has another idea of the
+# time would have a hot loop otherwise.
+_LATE_BLOCK_PAUSE_S: Final = 1.0
+
+# From here on, two clocks that differ are worth a line in the log.
+_CLOCK_DIFFERENCE_S: Final = 60.0
 
 # How long an engine may take to let go of what was cancelled.
 _LAST_CANCELLATION_S: Final = 3.0
@@ -194,6 +203,7 @@ class Worker:
         self._hurry = asyncio.Event()
         self._leave_by: float | None = None
         self._all_acknowledged = asyncio.Event()
+        self._clock_is_compared = False
 
     def _describe(self) -> WorkerCapabilities:
         return describe_worker(
@@ -218,6 +228,7 @@ class Worker:
             self._spawn(self._preload(self._options.preload))
         link = asyncio.ensure_future(self._connection.run())
         stopping = asyncio.ensure_future(self._stopping.wait())
+        watching = asyncio.ensure_future(SuspendWatch(self._clock, self._on_sleep).run())
         try:
             await asyncio.wait({link, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if not link.done():
@@ -227,6 +238,7 @@ class Worker:
                 link.result()
         finally:
             stopping.cancel()
+            watching.cancel()
             await self._abandon(link)
 
     def stop(self) -> None:
@@ -344,6 +356,7 @@ class Worker:
     def _on_event(self, event: SessionEvent) -> None:
         match event:
             case WorkAssigned(assignment):
+                self._compare_clocks(assignment.timestamp)
                 self._take(Block.received(assignment, self._clock))
             case AssignmentUnfit(block_id, error):
                 _log.warning("assignment_unfit", block_id=block_id, code=error.code.value)
@@ -355,6 +368,7 @@ class Worker:
             case SessionStarted(session_id):
                 _log.info("registered", session_id=session_id, extensions=sorted(event.extensions))
                 self._is_up = True
+                self._clock_is_compared = False
                 self._observe(LinkUp(session_id))
             case SessionEnded(code, reason):
                 self._session.capabilities = self._describe()
@@ -368,6 +382,21 @@ class Worker:
             case _:
                 _note(event)
         self._ask()
+
+    def _compare_clocks(self, theirs: datetime | None) -> None:
+        """Tell the owner, once a connection, when his clock is far from the coordinator's."""
+        if theirs is None or self._clock_is_compared:
+            return
+        self._clock_is_compared = True
+        ahead = (self._clock.utc() - theirs).total_seconds()
+        if abs(ahead) >= _CLOCK_DIFFERENCE_S:
+            _log.warning("clock_differs", ahead_of_coordinator_s=round(ahead))
+
+    def _on_sleep(self, seconds: float) -> None:
+        _log.warning("machine_slept", seconds=round(seconds, 1), running=len(self._blocks))
+        for block in list(self._blocks.values()):
+            block.machine_slept(seconds)
+        self._connection.machine_slept()
 
     def _on_acknowledged(self, block_id: str, accepted: bool, error: str | None) -> None:
         if accepted:
@@ -417,6 +446,8 @@ class Worker:
     # One block.
 
     def _take(self, block: Block) -> None:
+        if block.remaining is not None and block.remaining <= 0.0:
+            self._session.pause_requests(self._connection.now() + _LATE_BLOCK_PAUSE_S)
         if self._stopping.is_set():
             refusal: ComputeError = ShuttingDown("the worker is stopping")
         elif self._delivery.problem is not None:

@@ -31,6 +31,7 @@ ROOM_OF_FILE = {
     "__init__": "version",
     "blocks": "worker",
     "self_description": "worker",
+    "suspend": "worker",
     "tasks": "worker",
     "commands": "cli",
     "data_dir_lock": "first_run",
@@ -43,6 +44,7 @@ PURE = ("types", "protocol")
 IMPURE_FILES = (
     "protocol/connection.py",
     "protocol/guarded_socket.py",
+    "protocol/dialing.py",
     "protocol/steady_socket.py",
 )
 NEVER_IN_PURE = {"asyncio", "websockets", "threading", "socket", "ai4all._engine"}

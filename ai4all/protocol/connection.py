@@ -2,26 +2,20 @@
 
 Whatever happens (a message, a deadline, a call of the worker), one turn follows: take the
 session's events, write its frames, look at its deadline, hand the events to the worker. The shell
-knows how to connect, when to connect again and what must never be logged; everything else is the
-session's.
+knows when to connect again, and ``dialing`` how; everything else is the session's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import ipaddress
-import logging
 import ssl
-import urllib.parse
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import structlog
-from websockets.asyncio.client import connect
 from websockets.exceptions import (
     ConnectionClosed,
     InvalidHandshake,
@@ -30,7 +24,6 @@ from websockets.exceptions import (
     InvalidURI,
 )
 
-from ai4all import __version__
 from ai4all.clock import SYSTEM_CLOCK, Clock
 from ai4all.errors import (
     ConfigError,
@@ -39,6 +32,14 @@ from ai4all.errors import (
     RegistrationFailed,
     VersionMismatch,
 )
+from ai4all.protocol.dialing import (
+    URL_KEY,
+    Dial,
+    LinkOptions,
+    Socket,
+    check_url,
+    dial_websocket,
+)
 from ai4all.protocol.events import (
     CloseLink,
     RegistrationRefused,
@@ -46,7 +47,6 @@ from ai4all.protocol.events import (
     SessionStarted,
     VersionRefused,
 )
-from ai4all.protocol.guarded_socket import GuardedConnection
 from ai4all.protocol.pins import PinMismatch
 from ai4all.protocol.refusals import retry_after
 from ai4all.protocol.session import Session
@@ -64,15 +64,14 @@ __all__ = [
 
 _log = structlog.get_logger(__name__)
 
-# The library writes whole handshakes, token included, at this level and below.
-_wire_log = logging.getLogger("ai4all.protocol.websocket")
-_wire_log.addFilter(lambda record: record.levelno > logging.DEBUG)
-
 _CLOSE_NORMAL: Final = 1000
+_SLEPT: Final = "the machine slept"
 
 # What is written at once. A ping waits behind no more than this and one long frame.
 _BATCH_CHARACTERS: Final = 32 * 1024
-_URL_KEY: Final = "coordinator.url"
+
+# Two clocks may differ by their last digits about whether it is over.
+_SHORTEST_WAIT_S: Final = 0.001
 
 
 class ReconnectPolicy(Protocol):
@@ -99,73 +98,6 @@ class ReconnectPolicy(Protocol):
         """The connection failed or ended; returns the delay before the next attempt."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkOptions:
-    """How to reach the coordinator. Times are in seconds.
-
-    Attributes:
-        url: ``wss://`` or ``ws://``.
-        token: Sent as ``Authorization: Bearer`` in the handshake, and nowhere else. A function is
-            asked before each connection, so that a token can be changed meanwhile; what it raises
-            as a ``ConfigError`` costs that attempt.
-        allow_insecure: Permit ``ws://`` to another machine.
-        ssl_context: For a private authority; None verifies against the system's authorities.
-        pins: The public keys that the coordinator may have (see ``pins``); empty: any that its
-            certificate is verified with.
-        open_timeout: Bound on connecting and the handshake.
-        ping_interval: Time between keepalive pings.
-        ping_timeout: How long a pong may take.
-        close_timeout: How long a polite close may take.
-        max_size: Longest message accepted, in bytes; a longer one ends the connection (1009).
-        refusal_delay: Least delay after a refusal that time alone will not cure.
-    """
-
-    url: str
-    token: str | Callable[[], str | None] | None = field(default=None, repr=False)
-    allow_insecure: bool = False
-    ssl_context: ssl.SSLContext | None = field(default=None, repr=False)
-    pins: frozenset[bytes] = frozenset()
-    open_timeout: float = 10.0
-    ping_interval: float = 20.0
-    ping_timeout: float = 15.0
-    close_timeout: float = 5.0
-    max_size: int = 1024 * 1024
-    refusal_delay: float = 60.0
-
-
-class Socket(Protocol):
-    """What a connection needs of a socket: as much of ``websockets``' as is used here."""
-
-    @property
-    def close_code(self) -> int | None:
-        """Why it was closed; None while it is open."""
-
-    @property
-    def close_reason(self) -> str | None:
-        """The words to that; None while it is open."""
-
-    async def recv(self) -> str | bytes:
-        """The next message.
-
-        Raises:
-            ConnectionClosed: There will be none.
-        """
-
-    async def send_all(self, messages: Sequence[str]) -> None:
-        """Write messages in one piece; waits while the buffer is full.
-
-        Raises:
-            ConnectionClosed: It cannot be written any more.
-        """
-
-    async def close(self, code: int = 1000, reason: str = "") -> None:
-        """Close politely, within the time that the options give. May be called again."""
-
-
-Dial = Callable[[LinkOptions], Coroutine[Any, Any, Socket]]
-"""Opens a connection, and raises as ``dial_websocket`` does when that fails."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Lost:
     """Why a connection is gone, and the least time to wait before the next."""
@@ -173,41 +105,6 @@ class _Lost:
     reason: str
     floor: float = 0.0
     error: LinkError | None = None
-
-
-def check_url(url: str, *, allow_insecure: bool = False, origin: str = "") -> None:
-    """Refuse a coordinator's address that cannot or should not be used.
-
-    Args:
-        url: The address.
-        allow_insecure: Permit ``ws://`` to another machine.
-        origin: Where it was set, for the error.
-
-    Raises:
-        ConfigError: Not a ``ws`` or ``wss`` address, one with a name or password in it, or one
-            that would send everything in the clear across a network.
-    """
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host, scheme = parts.hostname, parts.scheme.lower()
-        _ = parts.port  # Raises when it is not a port.
-    except ValueError as exc:
-        raise ConfigError(_URL_KEY, f"not a valid address: {exc}", origin) from None
-    if scheme not in ("ws", "wss") or not host:
-        raise ConfigError(_URL_KEY, "must look like wss://host:port/path", origin)
-    if parts.username is not None or parts.password is not None:
-        raise ConfigError(
-            _URL_KEY, "must not hold a name or password; set the token instead", origin
-        )
-    if parts.fragment:
-        raise ConfigError(_URL_KEY, "must not hold a fragment", origin)
-    if scheme == "ws" and not allow_insecure and not _is_loopback(host):
-        raise ConfigError(
-            _URL_KEY,
-            "ws:// to another machine is readable by everyone between; use wss://, "
-            "or allow it with coordinator.allow_insecure",
-            origin,
-        )
 
 
 def is_retryable(exc: BaseException) -> bool:
@@ -262,6 +159,10 @@ class Connection:
         self._deadline_moved = asyncio.Event()
         self._armed: float | None = None
         self._closing = asyncio.Event()
+        # A wait for the next attempt looks at the clock again when this is set.
+        self._roused = asyncio.Event()
+        self._dialling: asyncio.Task[Socket] | None = None
+        self._slept = False
         self._close_task: asyncio.Task[None] | None = None
         self._in_turn = False
         self._refusal: LinkError | None = None
@@ -306,9 +207,7 @@ class Connection:
             _log.warning(
                 "link_lost", reason=lost.reason, attempt=attempt, retry_in_s=round(delay, 3)
             )
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(delay):
-                    await self._closing.wait()
+            await self._wait(delay)
 
     def flush(self) -> None:
         """Take a turn: write what the session has to say, deliver what it has to tell.
@@ -330,6 +229,7 @@ class Connection:
         if self.session.send_goodbye(reason):
             self.flush()
         self._closing.set()
+        self._roused.set()
         if self._socket is None:
             return
         with contextlib.suppress(TimeoutError):
@@ -337,6 +237,31 @@ class Connection:
                 await self._outbox_empty.wait()
         if self._socket is not None:
             await self._socket.close(_CLOSE_NORMAL, reason)
+
+    def machine_slept(self) -> None:
+        """Take what was under way for dead, and count what was slept as waited for.
+
+        Both ends of a link forget each other in a sleep that is long enough, and a keepalive would
+        take its whole time to find out.
+        """
+        self._roused.set()
+        if self._socket is not None:
+            self._slept = True
+            self._socket.abort()
+        elif self._dialling is not None:
+            self._slept = True
+            self._dialling.cancel()
+
+    async def _wait(self, delay: float) -> None:
+        """Wait for the next attempt: ``delay`` seconds of the world's time, asleep or awake."""
+        due = self._clock.boottime() + delay
+        while (
+            not self.is_closing and (remaining := due - self._clock.boottime()) > _SHORTEST_WAIT_S
+        ):
+            self._roused.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(remaining):
+                    await self._roused.wait()
 
     # One connection.
 
@@ -347,7 +272,7 @@ class Connection:
         except (InvalidURI, InvalidProxy, ImportError) as exc:
             # The text of a bad proxy may hold its password.
             what = "the proxy of this environment" if not isinstance(exc, InvalidURI) else "the URL"
-            raise ConfigError(_URL_KEY, f"{what} cannot be used", "") from exc
+            raise ConfigError(URL_KEY, f"{what} cannot be used", "") from exc
         except ConfigError as exc:
             # The file of the token, perhaps just being written anew.
             lost = _Lost(str(exc))
@@ -362,14 +287,18 @@ class Connection:
 
     async def _unless_closing(self, dialling: Coroutine[Any, Any, Socket]) -> Socket | None:
         """The connection; None when ``close`` came first."""
-        task = asyncio.ensure_future(dialling)
+        self._slept = False
+        task = self._dialling = asyncio.ensure_future(dialling)
         closing = asyncio.ensure_future(self._closing.wait())
         try:
             await asyncio.wait({task, closing}, return_when=asyncio.FIRST_COMPLETED)
+            if task.cancelled() and self._slept:
+                raise ConnectionAbortedError(_SLEPT)
             if task.done():
                 return task.result()
             return None
         finally:
+            self._dialling = None
             closing.cancel()
             if not task.done():
                 task.cancel()
@@ -378,6 +307,7 @@ class Connection:
 
     async def _serve(self, socket: Socket) -> _Lost:
         self._socket = socket
+        self._slept = False
         self._refusal = None
         self._close_task = None
         self._outbox.clear()
@@ -408,6 +338,8 @@ class Connection:
         self.session.receive_closed(code, reason or "")
         if self._refusal is not None:
             return _Lost(str(self._refusal), self._options.refusal_delay, self._refusal)
+        if self._slept:
+            return _Lost(_SLEPT)
         return _Lost(f"closed with code {code}" + (f": {reason}" if reason else ""))
 
     async def _read(self, socket: Socket) -> None:
@@ -495,62 +427,3 @@ class Connection:
         if isinstance(exc, TimeoutError):
             return _Lost(f"no connection within {self._options.open_timeout:g} s")
         return _Lost(f"{exc}" or type(exc).__name__)
-
-
-async def dial_websocket(options: LinkOptions) -> Socket:
-    """Open a WebSocket to the coordinator.
-
-    Raises:
-        OSError: No connection.
-        TimeoutError: None within ``open_timeout``.
-        InvalidHandshake: Refused.
-        InvalidURI: The address is none.
-        ConfigError: The token cannot be had; nobody was asked anything.
-    """
-    parts = urllib.parse.urlsplit(options.url)
-    arguments: dict[str, Any] = {
-        "create_connection": functools.partial(
-            GuardedConnection, max_message=options.max_size, pins=options.pins
-        )
-    }
-    if parts.scheme.lower() == "wss" and options.ssl_context is not None:
-        arguments["ssl"] = options.ssl_context
-    if _is_loopback(parts.hostname or ""):
-        # A proxy would look for the coordinator on its own machine.
-        arguments["proxy"] = None
-    token = options.token() if callable(options.token) else options.token
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    socket = await _ConnectHere(
-        options.url,
-        additional_headers=headers,
-        user_agent_header=f"ai4all-native/{__version__}",
-        compression=None,
-        max_size=options.max_size,
-        open_timeout=options.open_timeout,
-        ping_interval=options.ping_interval,
-        ping_timeout=options.ping_timeout,
-        close_timeout=options.close_timeout,
-        logger=_wire_log,
-        **arguments,
-    )
-    assert isinstance(socket, GuardedConnection)
-    return socket
-
-
-class _ConnectHere(connect):
-    """Connects to the address that was configured and no other.
-
-    A redirect would decide for the owner who gets his machine's work.
-    """
-
-    def process_redirect(self, exc: Exception) -> Exception | str:
-        return exc
-
-
-def _is_loopback(host: str) -> bool:
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
-    except ValueError:
-        return False

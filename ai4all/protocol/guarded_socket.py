@@ -86,3 +86,7 @@ class GuardedConnection(SteadyConnection):
                 self.protocol.send_text(message.encode("utf-8"))
             self.transport.write(b"".join(self.protocol.data_to_send()))
         await self.send(messages[-1])
+
+    def abort(self) -> None:
+        """Drop the connection at once, without a word."""
+        self.transport.abort()

@@ -365,6 +365,7 @@ class SubmitResult(Message):
             "tokens_processed",
             "tokens_per_second",
             "peak_memory_mb",
+            "suspended_ms",
         ),
     }
 

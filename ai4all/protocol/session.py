@@ -458,6 +458,11 @@ class Session:
         self._outstanding_requests += 1
         self._answer_due = now + self.options.answer_timeout
 
+    def pause_requests(self, until: float) -> None:
+        """Ask for no work before ``until``; ``WorkDue`` tells when it may be asked for again."""
+        if self.is_registered:
+            self._retry_at = max(self._retry_at or until, until)
+
     def send_heartbeat(self, status: WorkerStatus, usage: ResourceUsage) -> None:
         """Say that the worker lives, and how it is. Lists the active blocks beside the status.
 

@@ -342,7 +342,8 @@ class ErrorInfo(_Wire):
 class BlockMetrics(_Wire):
     """What computing a block cost. Times are milliseconds of the native loop's steady clock.
 
-    Fields that make no sense for a failed block are None and left out by the codec.
+    Fields that make no sense for a failed block are None and left out by the codec, and so is
+    ``suspended_ms`` when the machine has not slept meanwhile. It is in none of the other times.
     """
 
     queue_time_ms: float
@@ -354,6 +355,7 @@ class BlockMetrics(_Wire):
     tokens_processed: int | None = None
     tokens_per_second: float | None = None
     peak_memory_mb: int | None = None
+    suspended_ms: float | None = None
 
 
 class Fingerprint(_Wire):

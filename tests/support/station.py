@@ -10,6 +10,7 @@ from watching import Watch
 
 from ai4all.backend.base import EngineOptions
 from ai4all.backend.fake import FakeBackend
+from ai4all.clock import SYSTEM_CLOCK, Clock
 from ai4all.delivery.backoff import Attempts, Backoff
 from ai4all.delivery.spool import MemorySpool, ResultSpool
 from ai4all.errors import ModelNotFound
@@ -43,6 +44,8 @@ class Station:
         spool: What keeps results; closed by whoever made it.
         worker_id: Its name.
         reconnect_ms: The interval of its backoff.
+        jitter: The share of a delay that is drawn.
+        clock: Its machine's clocks.
         options: Further ``WorkerOptions``.
 
     Attributes:
@@ -57,6 +60,8 @@ class Station:
         *,
         worker_id: str = "w-1",
         reconnect_ms: int = 20,
+        jitter: float = 1.0,
+        clock: Clock = SYSTEM_CLOCK,
         **options: Any,
     ) -> None:
         self.backend = FakeBackend() if backend is None else backend
@@ -70,9 +75,10 @@ class Station:
             self.spool,
             LinkOptions(url=url, open_timeout=5.0, close_timeout=1.0),
             # Of the default shape, but a hundred times as fast and more.
-            Attempts(Backoff(reconnect_ms)),
+            Attempts(Backoff(reconnect_ms, jitter=jitter)),
             WorkerOptions(worker_id=worker_id, **options),
             self.seen,
+            clock=clock,
         )
         self.running: asyncio.Task[None]
 
