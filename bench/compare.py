@@ -137,7 +137,7 @@ def prepare(name: str | None, work: Path) -> Side:
         environment.setdefault("CCACHE_BASEDIR", str(source))
         pip = [str(python), "-m", "pip", "install", "-q"]
         run([*pip, "--upgrade", "pip>=24.1"])
-        run([*pip, f"{source}[test]", "-C", f"build-dir={home / 'build'}"], env=environment)
+        run([*pip, f"{source}[test]"], env=environment)
         done.touch()
     return Side(name or WORKING_TREE, commit, source, python)
 
