@@ -14,6 +14,7 @@ import sys
 import time
 import uuid
 from collections import deque
+from datetime import UTC, datetime
 from typing import Any
 
 import ujson
@@ -24,7 +25,7 @@ MODEL_ID = "benchmark"
 _BLOCK_ID = '"block_id":"'
 _ENVELOPE = {
     "id": "00000000-0000-4000-8000-000000000000",
-    "timestamp": "2030-01-01T00:00:00.000000Z",
+    "timestamp": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
     "version": {"major": 1, "minor": 0, "patch": 0},
 }
 
