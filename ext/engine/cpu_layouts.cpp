@@ -9,7 +9,7 @@
 #include <sys/mman.h>
 #endif
 #ifdef AI4ALL_KERNELS
-#include "interleaved.h"
+#include "kernels.h"
 #endif
 
 namespace ai4all {
@@ -35,6 +35,18 @@ std::vector<std::string> cpu_layouts() {
         }
     }
     return names;
+}
+
+draft_verification::draft_verification() noexcept {
+#ifdef AI4ALL_KERNELS
+    ai4all_verify_draft(true);
+#endif
+}
+
+draft_verification::~draft_verification() {
+#ifdef AI4ALL_KERNELS
+    ai4all_verify_draft(false);
+#endif
 }
 
 void release_file_pages([[maybe_unused]] const std::string & path) noexcept {

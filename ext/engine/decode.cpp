@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "cpu_layouts.h"
 #include "engine_impl.h"
 #include "log_sink.h"
 
@@ -133,11 +134,26 @@ void engine::impl::roll_back() {
     }
 }
 
+int32_t engine::impl::decode_batch() {
+    const bool is_draft =
+        std::any_of(slots.begin(), slots.end(), [](const slot & place) { return !place.drafted.empty(); });
+    if (!is_draft) {
+        return llama_decode(model->ctx(), model->batch());
+    }
+    // What a draft is held against is what the plain decode would say, by as many threads.
+    const draft_verification as_single_tokens;
+    const model_info &       info = model->info();
+    llama_set_n_threads(model->ctx(), info.n_threads, info.n_threads);
+    const int32_t status = llama_decode(model->ctx(), model->batch());
+    llama_set_n_threads(model->ctx(), info.n_threads, info.n_threads_batch);
+    return status;
+}
+
 void engine::impl::step() {
     plan_batch();
     const size_t  n_watched = watched.size();
     const int64_t begun     = now_ns();
-    const int32_t status    = llama_decode(model->ctx(), model->batch());
+    const int32_t status    = decode_batch();
     watched.clear();
     if (status == 2) {
         // Broken off by should_abort(); whoever caused it is dropped before the next step.

@@ -49,6 +49,7 @@ struct engine::impl {
     slot *                     free_slot(const std::vector<llama_token> & prompt, const generate_params & params);
     void                       prepare_cache(slot & place);
     void                       step();
+    int32_t                    decode_batch();
     void                       plan_batch();
     void                       plan_draft(slot & place);
     void                       queue_tokens(slot & place, size_t n);

@@ -9,12 +9,12 @@
 // Each product is summed as ggml sums it: eight partial sums, block after block, with the same
 // roundings, so a result is the same to the last bit and so is what a model says. A test holds that.
 
-#include "interleaved.h"
-
+#include "attention.h"
 #include "ggml-backend-impl.h"
 #include "ggml-backend.h"
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
+#include "kernels.h"
 #include "traits.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -358,7 +358,11 @@ class interleaved_kind : public ggml::cpu::extra_buffer_type {
                src->nb[0] == sizeof(float) && (!src->buffer || ggml_backend_buft_is_host(src->buffer->buft));
     }
 
+    // ggml asks for every operation, whatever it works on.
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
+        if (op->op == GGML_OP_FLASH_ATTN_EXT) {
+            return ai4all::kernels::attention_for(op);
+        }
         const ggml_tensor * weight = op->src[0];
         if (op->op != GGML_OP_MUL_MAT || !weight->buffer || weight->buffer->buft != interleaved_type()) {
             return nullptr;
