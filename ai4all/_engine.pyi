@@ -40,8 +40,8 @@ class Engine:
         kv_type: str,
         use_mmap: bool,
         prefix_cache_bytes: int,
-        draft_path: bytes,
-        draft_tokens: int,
+        draft_path: bytes = ...,
+        draft_tokens: int = ...,
     ) -> int: ...
     def unload(self) -> int: ...
     def generate(

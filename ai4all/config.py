@@ -210,6 +210,10 @@ class EngineSettings(_Section):
     """Map model files into memory instead of reading them."""
     memory_limit_mb: _Int = Field(0, ge=0, le=1 << 30)
     """Most memory that a model may take, in MiB; 0 is what is free."""
+    draft_model: str = Field("", max_length=4096)
+    """A smaller model of the same vocabulary that drafts for others: an id or path; '' is none."""
+    draft_tokens: _Int = Field(0, ge=0, le=16)
+    """Tokens in each draft of that model; 0 is as many as are measured to pay."""
 
 
 class IsolationSettings(_Section):
@@ -342,12 +346,15 @@ class Settings(BaseSettings):
         return token
 
     def engine_options(self) -> EngineOptions:
-        """The options to load models with; one slot for each concurrent task."""
+        """The options to load models with; one slot for each concurrent task.
+
+        Without the draft model: only its name is known here.
+        """
         from ai4all.backend.base import EngineOptions
 
         values = {
             self._ENGINE_FIELDS.get(name, name): value
-            for name, value in self.engine.model_dump().items()
+            for name, value in self.engine.model_dump(exclude={"draft_model"}).items()
         }
         return EngineOptions(n_slots=self.worker.max_concurrent_tasks, **values)
 

@@ -194,8 +194,8 @@ cdef class Engine:
         str kv_type,
         bint use_mmap,
         uint64_t prefix_cache_bytes,
-        bytes draft_path,
-        unsigned int draft_tokens,
+        bytes draft_path=b"",
+        unsigned int draft_tokens=0,
     ):
         """Queue a load and return its id."""
         self._check()

@@ -258,12 +258,20 @@ def test_engine_options() -> None:
             "engine.batch": 256,
             "engine.threads": 3,
             "engine.memory_limit_mb": 900,
+            "engine.draft_model": "smaller",
+            "engine.draft_tokens": 4,
             "worker.max_concurrent_tasks": 4,
         },
         environ={},
     )
     assert settings.engine_options() == EngineOptions(
-        n_ctx=1024, n_batch=256, n_ubatch=0, threads=3, n_slots=4, memory_limit_mb=900
+        n_ctx=1024,
+        n_batch=256,
+        n_ubatch=0,
+        threads=3,
+        n_slots=4,
+        memory_limit_mb=900,
+        draft_tokens=4,
     )
 
 

@@ -46,6 +46,7 @@ class BenchmarkKey(_Kept):
     engine_build: str
     device: str
     threads: _Count
+    draft_model_sha256: str | None = None
 
     @classmethod
     def of(cls, backend: InferenceBackend) -> BenchmarkKey:
@@ -62,6 +63,7 @@ class BenchmarkKey(_Kept):
             engine_build=backend.capabilities().engine_build,
             device=loaded.device,
             threads=loaded.threads,
+            draft_model_sha256=loaded.draft.sha256 if loaded.draft is not None else None,
         )
 
 

@@ -74,7 +74,8 @@ async def _benchmark(
     environment: Environment, settings: Settings, *, tune_again: bool
 ) -> BenchmarkResult:
     station = await prepare_station(environment, settings, stderr_console())
-    if isinstance(station.first_benchmark, BenchmarkResult):
+    options = station.drafting.options_for(settings.engine_options(), station.model)
+    if isinstance(station.first_benchmark, BenchmarkResult) and options.draft is None:
         measured = station.first_benchmark
         if measured.key.model_sha256 == station.model.sha256:
             # The first run has just measured it: a second measurement would say the same.
@@ -82,7 +83,7 @@ async def _benchmark(
     return await measure(
         environment.open_backend,
         station.model,
-        settings.engine_options(),
+        options,
         settings.data_dir,
         stderr_console(),
         tune_again=tune_again,

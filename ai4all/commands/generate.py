@@ -19,6 +19,7 @@ from ai4all.backend.base import (
     TokenEvent,
 )
 from ai4all.benchmark.tuning_store import TuningStore
+from ai4all.commands.drafting import Drafting
 from ai4all.commands.environment import (
     Environment,
     log_to_terminal,
@@ -75,11 +76,14 @@ def run_generate(
     store = open_store(settings)
 
     async def run() -> None:
+        drafting = await Drafting.find(settings, stderr_console())
         with show_download(stderr_console(), model) as progress:
             file = await store.resolve(model, progress)
+        await asyncio.to_thread(drafting.require, file)
         tunings = TuningStore(settings.data_dir)
         backend = environment.open_backend()
-        await generate(backend, file, options, tunings, request, as_json=as_json)
+        drafted = drafting.options_for(options, file)
+        await generate(backend, file, drafted, tunings, request, as_json=as_json)
 
     asyncio.run(run())
 

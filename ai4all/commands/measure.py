@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,7 +99,9 @@ async def _tuning(
         wants_another = await asyncio.to_thread(is_peaceful)
     if not wants_another:
         return kept
-    tuning = await tune(backend, model, options, progress=show)
+    # A draft model changes nothing about which way is the fastest.
+    alone = dataclasses.replace(options, draft=None)
+    tuning = await tune(backend, model, alone, progress=show)
     if not tuning.trials:
         # Not even one way could be measured: there is nothing to learn from that.
         return kept

@@ -14,6 +14,8 @@ __all__ = ["LiveSettings", "is_taken_up"]
 _log = structlog.get_logger(__name__)
 
 _SECTIONS = ("engine.", "log.")
+# It is found, hashed and looked at before the worker starts.
+_FIXED_OF_SECTIONS = frozenset({"engine.draft_model"})
 _KEYS = frozenset(
     {
         "worker.max_concurrent_tasks",
@@ -40,7 +42,7 @@ def is_taken_up(key: str) -> bool:
     """Whether a running worker takes up another value of the setting."""
     if key.startswith(_LINK):
         return key not in _FIXED_OF_LINK
-    return key in _KEYS or key.startswith(_SECTIONS)
+    return key in _KEYS or (key.startswith(_SECTIONS) and key not in _FIXED_OF_SECTIONS)
 
 
 class LiveSettings:

@@ -10,6 +10,7 @@ from rich.console import Console
 from ai4all.backend.base import Capabilities, EngineOptions
 from ai4all.benchmark.scores import BenchmarkResult
 from ai4all.benchmark.tuning_store import TuningStore
+from ai4all.commands.drafting import Drafting
 from ai4all.commands.environment import Environment
 from ai4all.commands.measure import measure
 from ai4all.config import Settings
@@ -33,6 +34,7 @@ class Station:
         store: Its models.
         models: The same as they shall be computed: fitted ones where the owner asked for it.
         tunings: The fastest ways to run them, as far as they were measured.
+        drafting: Gives them their draft model.
         model: The one that the settings name, as it shall be computed.
         first_benchmark: What the first run measured, if it was done just now.
     """
@@ -41,6 +43,7 @@ class Station:
     store: ModelStore
     models: FittedModels
     tunings: TuningStore
+    drafting: Drafting
     model: ModelFile
     first_benchmark: BenchmarkResult | None
 
@@ -48,7 +51,8 @@ class Station:
         self, model: ModelFile, options: EngineOptions, capabilities: Capabilities
     ) -> EngineOptions:
         """``options`` for ``model``; what they leave open as it was measured to be fastest."""
-        return self.tunings.options_for(options, model.sha256, capabilities)
+        options = self.tunings.options_for(options, model.sha256, capabilities)
+        return self.drafting.options_for(options, model)
 
 
 async def prepare_station(
@@ -57,6 +61,7 @@ async def prepare_station(
     """Do what is left of the first run, and find the model that the settings name.
 
     Raises:
+        ConfigError: The draft model that they name cannot be used.
         DataDirectoryError: The data directory cannot be used.
         ModelError: A model cannot be had.
         ComputeError: The benchmark of the first run failed.
@@ -64,6 +69,7 @@ async def prepare_station(
     await asyncio.to_thread(prepare_data_dir, settings.data_dir)
     store = open_store(settings)
     chosen = None
+    drafting = await Drafting.find(settings, console)
     if settings.worker.model != BENCHMARK_MODEL_ID:
         # Before anything is downloaded: a name typed wrong should not cost the wait.
         with show_download(console, settings.worker.model) as progress:
@@ -85,5 +91,6 @@ async def prepare_station(
         raise ModelNotFound(settings.worker.model)
     models = FittedModels(store, use_all=settings.models.use_fitted)
     model = await asyncio.to_thread(models.get, model.model_id)
+    await asyncio.to_thread(drafting.require, model)
     tunings = TuningStore(settings.data_dir)
-    return Station(report.worker_id, store, models, tunings, model, report.benchmark)
+    return Station(report.worker_id, store, models, tunings, drafting, model, report.benchmark)

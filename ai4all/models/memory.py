@@ -109,6 +109,11 @@ class MemoryEstimate:
         loading = self.weights_mapped + self.weights_copied + self.weights_idle + self.overhead
         return max(self.needed, loading)
 
+    def __add__(self, other: MemoryEstimate) -> MemoryEstimate:
+        """Of two models that are loaded together."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return MemoryEstimate(*(mine + its for mine, its in pairs))
+
     def to_dict(self) -> dict[str, int]:
         """The figures by name, in bytes."""
         return {**dataclasses.asdict(self), "needed": self.needed, "peak": self.peak}
@@ -277,7 +282,7 @@ def admit(
     if gpu is not None and options.gpu_layers != 0:
         device_free = gpu.memory_free_mb * _MIB
     if replaces is not None:
-        held = dataclasses.replace(options, n_ctx=replaces.n_ctx)
+        held = dataclasses.replace(options, n_ctx=replaces.n_ctx, draft=replaces.draft)
         before = estimate_file(replaces.file, held, capabilities)
         if before is not None:
             free += before.needed
@@ -312,7 +317,10 @@ async def load_model(
 def estimate_file(
     model: ModelFile, options: EngineOptions, capabilities: Capabilities
 ) -> MemoryEstimate | None:
-    """``estimate_memory`` of a model as a backend would run it; None when it cannot be read."""
+    """``estimate_memory`` of a model as a backend would run it, with its draft model if it has one.
+
+    None when a file cannot be read.
+    """
     try:
         return _estimate(model, options, capabilities)
     except InvalidModelFile:
@@ -322,12 +330,24 @@ def estimate_file(
 def _estimate(
     model: ModelFile, options: EngineOptions, capabilities: Capabilities
 ) -> MemoryEstimate:
-    return estimate_memory(
-        read_header(model.path),
+    features = capabilities.build_info.get("cpu_features", ())
+    has_gpu = any(device.kind in ("gpu", "igpu") for device in capabilities.devices)
+    header = read_header(model.path)
+    estimate = estimate_memory(header, options, cpu_features=features, has_gpu=has_gpu)
+    if options.draft is None:
+        return estimate
+    # As the engine runs it: the same context and slots, on the GPU as a whole or not at all.
+    beside = dataclasses.replace(
         options,
-        cpu_features=capabilities.build_info.get("cpu_features", ()),
-        has_gpu=any(device.kind in ("gpu", "igpu") for device in capabilities.devices),
+        n_ctx=_shape_of(header, options, has_gpu).n_ctx,
+        gpu_layers=-1 if options.gpu_layers else 0,
+        prefix_cache_mb=0,
     )
+    draft = estimate_memory(
+        read_header(options.draft.path), beside, cpu_features=features, has_gpu=has_gpu
+    )
+    # It keeps no prompts and scores nothing.
+    return estimate + dataclasses.replace(draft, growth=0)
 
 
 def _shape_of(header: GGUFHeader, options: EngineOptions, has_gpu: bool) -> _Shape:

@@ -59,6 +59,7 @@ def test_what_can_be_taken_up_is_and_the_rest_is_said() -> None:
             "log.level": "debug",
             "worker.max_concurrent_tasks": 3,
             "engine.threads": 2,
+            "engine.draft_model": "smaller",
             "coordinator.ping_interval_ms": 5000,
             "coordinator.url": "wss://elsewhere.example/",
             "worker.model": "another",
@@ -74,7 +75,12 @@ def test_what_can_be_taken_up_is_and_the_rest_is_said() -> None:
         "engine.threads",
         "coordinator.ping_interval_ms",
     }
-    assert set(line["after_restart"]) == {"coordinator.url", "worker.model", "data_dir"}
+    assert set(line["after_restart"]) == {
+        "coordinator.url",
+        "engine.draft_model",
+        "worker.model",
+        "data_dir",
+    }
     (settings,) = applied.seen
     assert (settings.log.as_json, settings.log.level) == (True, "debug")
     assert settings.engine_options().threads == 2

@@ -17,6 +17,7 @@ from ai4all.models.gguf import GGUFHeader, read_header
 from ai4all.models.memory import (
     MemoryEstimate,
     admit,
+    estimate_file,
     estimate_memory,
     load_model,
     require_memory,
@@ -34,6 +35,7 @@ from pathlib import Path
 from ai4all.backend.base import EngineOptions, GenerateRequest
 from ai4all.backend.native import NativeBackend
 from ai4all.types.model import ModelFile
+from pathlib import PosixPath
 
 def kib(name):
     try:
@@ -72,7 +74,9 @@ def measured_and_estimated(path: Path, options: EngineOptions, words: int) -> tu
     n_prompt, measured = map(int, done.stdout.split())
     assert n_prompt > options.n_ctx // 2, "the context was not filled"
     features = registry.build_info()["cpu_features"]
-    estimate = estimate_memory(read_header(path), options, cpu_features=features)
+    model = ModelFile("m", path, "0" * 64, 1)
+    estimate = estimate_file(model, options, capabilities(features=tuple(features)))
+    assert estimate is not None
     return measured, estimate.peak
 
 
@@ -80,6 +84,49 @@ def measured_and_estimated(path: Path, options: EngineOptions, words: int) -> tu
 def test_the_estimate_is_the_measured_peak(tiny_model: Path, options: EngineOptions) -> None:
     measured, estimated = measured_and_estimated(tiny_model, options, 150)
     assert abs(measured - estimated) < max(16 * MIB, measured // 10)
+
+
+def test_the_estimate_counts_a_draft_model(tiny_model: Path, tmp_path: Path) -> None:
+    # Of many layers, so that what it takes is more than what a measurement may be off.
+    draft = write_tiny_gguf(tmp_path / "deep.gguf", n_layers=128, n_ctx=1024)
+    options = EngineOptions(n_ctx=1024, n_ubatch=128, draft=model_file(draft), draft_tokens=4)
+    measured, estimated = measured_and_estimated(tiny_model, options, 300)
+    assert abs(measured - estimated) < max(16 * MIB, measured // 10)
+    alone = estimate_file(
+        model_file(tiny_model), dataclasses.replace(options, draft=None), capabilities()
+    )
+    assert alone is not None
+    # Its weights; 128 layers of 1024 cells, 2 heads of 16 for keys and for values, 2 bytes each.
+    least = draft.stat().st_size + 128 * 1024 * 2 * (16 + 16) * 2
+    assert estimated - alone.peak > least > 32 * MIB
+
+
+def test_the_draft_model_is_part_of_what_must_fit(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_file(tiny_model)
+    draft = model_file(write_tiny_gguf(tmp_path / "deep.gguf", n_layers=64))
+    with_draft = dataclasses.replace(OPTIONS, draft=draft)
+    plain, both = (estimate_file(model, each, capabilities()) for each in (OPTIONS, with_draft))
+    assert plain is not None
+    assert both is not None
+    monkeypatch.setattr(memory, "free_memory", lambda: (plain.needed + both.needed) // 2)
+    admit(model, OPTIONS, capabilities())
+    with pytest.raises(OutOfMemory):
+        admit(model, with_draft, capabilities())
+    # What is dropped first made room for both.
+    before = LoadedModel(
+        model, "", 512, 512, 0, 0.0, "CPU", 1, has_chat_template=False, draft=draft
+    )
+    admit(model, with_draft, capabilities(), replaces=before)
+    # It gives back no more than it had.
+    monkeypatch.setattr(memory, "free_memory", lambda: 0)
+    alone = dataclasses.replace(before, draft=None)
+    with pytest.raises(OutOfMemory):
+        admit(model, with_draft, capabilities(), replaces=alone)
+    absent = dataclasses.replace(draft, path=tmp_path / "absent.gguf")
+    options = dataclasses.replace(OPTIONS, draft=absent)
+    assert admit(model, options, capabilities()) == options
 
 
 @pytest.mark.model

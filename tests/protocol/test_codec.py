@@ -89,6 +89,17 @@ def test_golden_values_arrive_typed(golden: Callable[[str], dict[str, Any]]) -> 
     assert isinstance(result.result.output, TextCompletionOutput)
 
 
+def test_a_draft_model_is_named_only_where_it_took_part(
+    golden: Callable[[str], dict[str, Any]],
+) -> None:
+    frame = golden("client-submit-result")
+    assert "draft_model_sha256" not in frame["result"]["fingerprint"]
+    assert "draft_model_sha256" not in encode(decode_client_message(ujson.dumps(frame)))
+    frame["result"]["fingerprint"]["draft_model_sha256"] = "ab" * 32
+    again = ujson.loads(encode(decode_client_message(ujson.dumps(frame))))
+    assert again["result"] == frame["result"]
+
+
 def test_the_same_message_gives_the_same_bytes(golden: Callable[[str], dict[str, Any]]) -> None:
     frame = ujson.dumps(golden("client-submit-result"))
     first, second = decode_client_message(frame), decode_client_message(frame)
