@@ -17,6 +17,7 @@ namespace {
 
 std::vector<std::pair<std::string, std::string>> not_loaded;
 std::string                                      chosen_cpu;
+draft_switch                                     verify_draft = nullptr;
 
 #ifdef AI4ALL_LOADS_BACKENDS
 
@@ -83,6 +84,17 @@ void load(const found_backend & backend) {
     not_loaded.emplace_back(backend.name, why);
 }
 
+// Kernels of ours that were compiled into the library. They wait to be called: whatever ran by itself
+// when a library is opened would be an illegal instruction in one that does not fit.
+void offer_own_kernels(const found_backend & backend) {
+    if (void * handle = dlopen(backend.path.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD)) {
+        if (const auto offer = reinterpret_cast<void (*)()>(dlsym(handle, "ai4all_register_interleaved"))) {
+            offer();
+        }
+        verify_draft = reinterpret_cast<draft_switch>(dlsym(handle, "ai4all_verify_draft"));
+    }
+}
+
 void load_all() {
     const found_backend * best  = nullptr;
     int                   value = 0;
@@ -98,6 +110,7 @@ void load_all() {
     }
     if (best) {
         load(*best);
+        offer_own_kernels(*best);
         chosen_cpu = best->name.size() > cpu.size() ? best->name.substr(cpu.size() + 1) : "";
     } else {
         not_loaded.emplace_back(cpu, "no variant of it runs on this machine");
@@ -123,6 +136,10 @@ const std::vector<std::pair<std::string, std::string>> & backends_not_loaded() {
 
 const std::string & cpu_variant() {
     return chosen_cpu;
+}
+
+draft_switch loaded_draft_switch() {
+    return verify_draft;
 }
 
 }  // namespace ai4all

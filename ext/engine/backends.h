@@ -21,4 +21,9 @@ const std::vector<std::pair<std::string, std::string>> & backends_not_loaded();
 // where there is but one.
 const std::string & cpu_variant();
 
+// Any thread, after load_backends(). ai4all_verify_draft() of the CPU backend that was loaded; null where
+// it has none, or is linked in.
+using draft_switch = void (*)(bool);
+draft_switch loaded_draft_switch();
+
 }  // namespace ai4all

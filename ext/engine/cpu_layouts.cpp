@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <fstream>
 
+#include "backends.h"
 #include "ggml-backend.h"
 #ifdef __linux__
 #include <sys/mman.h>
@@ -37,16 +38,22 @@ std::vector<std::string> cpu_layouts() {
     return names;
 }
 
-draft_verification::draft_verification() noexcept {
+static void verify_draft(bool on) {
 #ifdef AI4ALL_KERNELS
-    ai4all_verify_draft(true);
+    ai4all_verify_draft(on);
+#else
+    if (const draft_switch loaded = loaded_draft_switch()) {
+        loaded(on);
+    }
 #endif
 }
 
+draft_verification::draft_verification() noexcept {
+    verify_draft(true);
+}
+
 draft_verification::~draft_verification() {
-#ifdef AI4ALL_KERNELS
-    ai4all_verify_draft(false);
-#endif
+    verify_draft(false);
 }
 
 void release_file_pages([[maybe_unused]] const std::string & path) noexcept {

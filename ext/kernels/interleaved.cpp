@@ -391,14 +391,6 @@ extern "C" void ai4all_register_interleaved(void) {
     (void)registered;
 }
 
-#ifdef GGML_BACKEND_DL
-// ggml-cpu is a library that is loaded at run time, and nobody can call into it by name.
-[[maybe_unused]] static const bool registered_at_load = [] {
-    ai4all_register_interleaved();
-    return true;
-}();
-#endif
-
 #else
 
 extern "C" void ai4all_register_interleaved(void) {}
