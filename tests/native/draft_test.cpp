@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <random>
 #include <string>
 #include <thread>
 #include <vector>
@@ -135,6 +136,65 @@ static void test_odds() {
     }
     CHECK(until_rest(2) == 0);
     CHECK(until_rest(0) == first);
+}
+
+// How many times as fast as plain decoding a text becomes, of whose tokens a draft model guesses a share
+// right: `sure` of those it is sure of, which are two of three, and `unsure` of the others. Reading what
+// it has missed costs a fiftieth of a decode for each token.
+static double gain_of(draft_odds & odds, size_t n_tokens, double sure, double unsure, const draft_price & each) {
+    std::mt19937                           random(7);
+    std::uniform_real_distribution<double> share(0.0, 1.0);
+    double                                 time   = 0.0;
+    size_t                                 done   = 0;
+    size_t                                 behind = 200;  // its prompt
+    while (done < n_tokens) {
+        draft_price price = each;
+        price.behind      = behind > 2 ? static_cast<double>(behind) / 50.0 : 0.0;
+        size_t n_right    = 0;
+        time += 1.0;
+        if (odds.plan(longest_draft, std::min(n_tokens - done, 64 + done), price)) {
+            time += price.behind;
+            behind       = 0;
+            bool   right = true;
+            size_t n     = 0;
+            do {
+                const bool is_sure = share(random) < 2.0 / 3.0;
+                time += price.token;
+                if (!odds.take(is_sure ? 5.0f : 0.2f)) {
+                    break;
+                }
+                ++n;
+                time += price.verify;
+                right = right && share(random) < (is_sure ? sure : unsure);
+                n_right += right ? 1 : 0;
+            } while (odds.more());
+            odds.learn(n_right);
+            CHECK(n <= longest_draft);
+        }
+        done += 1 + n_right;
+        behind += 1 + n_right;
+    }
+    return static_cast<double>(done) / time;
+}
+
+static void test_gains() {
+    const draft_price cheap = {0.1, 0.1, 0.0};
+    draft_odds        good;
+    CHECK(gain_of(good, 2000, 0.95, 0.5, cheap) > 1.6);
+    // Doubtful tokens are left out where checking is dear, which makes the difference.
+    draft_odds careful;
+    CHECK(gain_of(careful, 2000, 0.95, 0.2, {0.1, 0.4, 0.0}) > 1.1);
+    // What does not pay costs little, in a short text and in a long one.
+    for (const size_t n_tokens : {250u, 4000u}) {
+        draft_odds poor;
+        CHECK(gain_of(poor, n_tokens, 0.2, 0.1, cheap) > 0.96);
+        draft_odds dear;
+        CHECK(gain_of(dear, n_tokens, 0.6, 0.3, {0.5, 0.4, 0.0}) > 0.96);
+    }
+    // A text that becomes easy is noticed.
+    draft_odds changing;
+    CHECK(gain_of(changing, 1000, 0.1, 0.1, cheap) < 1.0);
+    CHECK(gain_of(changing, 4000, 0.95, 0.5, cheap) > 1.3);
 }
 
 static void test_own_draft() {
@@ -346,6 +406,7 @@ int main(int argc, char ** argv) {
 
     const std::vector<std::pair<const char *, void (*)()>> tests = {
         {"odds", test_odds},
+        {"gains", test_gains},
         {"own draft", test_own_draft},
         {"other draft", test_other_draft},
         {"measured lengths", test_measured_lengths},
