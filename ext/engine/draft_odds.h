@@ -58,8 +58,8 @@ class draft_odds {
     draft_record                all_       = {2.4, 3.0};
     std::array<draft_record, 4> by_margin_ = {{{1.35, 3.0}, {1.95, 3.0}, {2.4, 3.0}, {2.8, 3.0}}};
     // Tokens that steps with a draft gave, and their time in decodes of one token.
-    double got_  = 3.6;
-    double paid_ = 3.0;
+    double got_  = 7.2;
+    double paid_ = 6.0;
 
     size_t quiet_     = 0;
     size_t rest_      = 0;  // length of the next rest; 0: the first

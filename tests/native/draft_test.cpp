@@ -141,7 +141,8 @@ static void test_odds() {
 // How many times as fast as plain decoding a text becomes, of whose tokens a draft model guesses a share
 // right: `sure` of those it is sure of, which are two of three, and `unsure` of the others. Reading what
 // it has missed costs a fiftieth of a decode for each token.
-static double gain_of(draft_odds & odds, size_t n_tokens, double sure, double unsure, const draft_price & each) {
+static double gain_of(const char * name, draft_odds & odds, size_t n_tokens, double sure, double unsure,
+                      const draft_price & each) {
     std::mt19937                           random(7);
     std::uniform_real_distribution<double> share(0.0, 1.0);
     double                                 time   = 0.0;
@@ -174,27 +175,28 @@ static double gain_of(draft_odds & odds, size_t n_tokens, double sure, double un
         done += 1 + n_right;
         behind += 1 + n_right;
     }
+    std::printf("  %s, %zu tokens: %.3f\n", name, n_tokens, static_cast<double>(done) / time);
     return static_cast<double>(done) / time;
 }
 
 static void test_gains() {
     const draft_price cheap = {0.1, 0.1, 0.0};
     draft_odds        good;
-    CHECK(gain_of(good, 2000, 0.95, 0.5, cheap) > 1.6);
+    CHECK(gain_of("good", good, 2000, 0.95, 0.5, cheap) > 1.6);
     // Doubtful tokens are left out where checking is dear, which makes the difference.
     draft_odds careful;
-    CHECK(gain_of(careful, 2000, 0.95, 0.2, {0.1, 0.4, 0.0}) > 1.1);
+    CHECK(gain_of("doubtful", careful, 2000, 0.95, 0.2, {0.1, 0.4, 0.0}) > 1.1);
     // What does not pay costs little, in a short text and in a long one.
     for (const size_t n_tokens : {250u, 4000u}) {
         draft_odds poor;
-        CHECK(gain_of(poor, n_tokens, 0.2, 0.1, cheap) > 0.96);
+        CHECK(gain_of("poor", poor, n_tokens, 0.2, 0.1, cheap) > 0.96);
         draft_odds dear;
-        CHECK(gain_of(dear, n_tokens, 0.6, 0.3, {0.5, 0.4, 0.0}) > 0.96);
+        CHECK(gain_of("dear", dear, n_tokens, 0.6, 0.3, {0.5, 0.4, 0.0}) > 0.96);
     }
     // A text that becomes easy is noticed.
     draft_odds changing;
-    CHECK(gain_of(changing, 1000, 0.1, 0.1, cheap) < 1.0);
-    CHECK(gain_of(changing, 4000, 0.95, 0.5, cheap) > 1.3);
+    CHECK(gain_of("first poor", changing, 1000, 0.1, 0.1, cheap) < 1.0);
+    CHECK(gain_of("then good", changing, 4000, 0.95, 0.5, cheap) > 1.3);
 }
 
 static void test_own_draft() {
@@ -242,6 +244,25 @@ static void test_measured_lengths() {
     h.wait(e, {load});
     event sum;
     compare(e, h, sum);
+}
+
+static void test_it_ends_by_itself() {
+    // A draft model that costs little, so that it is asked, and is always wrong, so that it must not be for
+    // long. Where a machine finds it dear after all, there is nothing to end.
+    engine      e(64);
+    history     h;
+    load_params params  = with_draft("thin.gguf", 0);
+    params.path         = folder + "deep.gguf";
+    const uint64_t load = e.load(params);
+    // Drawn hot: a text that repeats nothing, so that there is nothing to look up. Not compared: over so many
+    // layers of random weights, the last bits of a product of several rows turn a drawn text elsewhere.
+    generate_params request = greedy("Hello, world!", 400);
+    request.temperature     = 1.5f;
+    request.seed            = 3;
+    const uint64_t id       = e.generate(request);
+    h.wait(e, {load, id});
+    std::printf("  drafted %d tokens\n", h.last(id).n_by_model);
+    CHECK(h.last(id).n_tokens == 400 && h.last(id).n_by_model <= 100);
 }
 
 static void test_refusals() {
@@ -410,6 +431,7 @@ int main(int argc, char ** argv) {
         {"own draft", test_own_draft},
         {"other draft", test_other_draft},
         {"measured lengths", test_measured_lengths},
+        {"it ends by itself", test_it_ends_by_itself},
         {"refusals", test_refusals},
         {"progress", test_progress},
         {"deterministic", test_deterministic},

@@ -17,6 +17,8 @@ def main(folder: Path) -> None:
     write_tiny_gguf(folder / "close.gguf", weight_type=Q8_0)
     write_tiny_gguf(folder / "strange.gguf", renamed={300: "nowhere"})
     write_tiny_gguf(folder / "short.gguf", n_ctx=64)
+    write_tiny_gguf(folder / "deep.gguf", n_layers=32)
+    write_tiny_gguf(folder / "thin.gguf", n_layers=1, seed=1)
 
 
 if __name__ == "__main__":
