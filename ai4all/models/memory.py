@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import re
-import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -100,14 +99,11 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """The most that the process can show as resident.
+        """The most that the process can show as resident: all of it, idle pages included.
 
-        On Linux, idle pages are given back after the load, before there is a cache.
+        On Linux idle pages are given back after the load, and may come back with their neighbours.
         """
-        if sys.platform != "linux":
-            return self.needed + self.weights_idle
-        loading = self.weights_mapped + self.weights_copied + self.weights_idle + self.overhead
-        return max(self.needed, loading)
+        return self.needed + self.weights_idle
 
     def __add__(self, other: MemoryEstimate) -> MemoryEstimate:
         """Of two models that are loaded together."""

@@ -64,7 +64,8 @@ def model_file(path: Path) -> ModelFile:
     return ModelFile("tiny", path, "ab" * 32, path.stat().st_size)
 
 
-def measured_and_estimated(path: Path, options: EngineOptions, words: int) -> tuple[int, int]:
+def held_estimate(path: Path, options: EngineOptions, words: int) -> MemoryEstimate:
+    """The estimate, after it was held against the measured peak."""
     done = subprocess.run(
         [sys.executable, "-P", "-c", PEAK, str(path), repr(options), str(words)],
         capture_output=True,
@@ -77,28 +78,29 @@ def measured_and_estimated(path: Path, options: EngineOptions, words: int) -> tu
     model = ModelFile("m", path, "0" * 64, 1)
     estimate = estimate_file(model, options, capabilities(features=tuple(features)))
     assert estimate is not None
-    return measured, estimate.peak
+    # Idle pages may be there at the peak, all or some of them, or not at all.
+    tolerance = max(16 * MIB, measured // 10)
+    assert estimate.needed - tolerance < measured < estimate.peak + tolerance
+    return estimate
 
 
 @pytest.mark.parametrize("options", [OPTIONS, EngineOptions(n_ctx=512, n_slots=2, use_mmap=False)])
 def test_the_estimate_is_the_measured_peak(tiny_model: Path, options: EngineOptions) -> None:
-    measured, estimated = measured_and_estimated(tiny_model, options, 150)
-    assert abs(measured - estimated) < max(16 * MIB, measured // 10)
+    held_estimate(tiny_model, options, 150)
 
 
 def test_the_estimate_counts_a_draft_model(tiny_model: Path, tmp_path: Path) -> None:
     # Of many layers, so that what it takes is more than what a measurement may be off.
     draft = write_tiny_gguf(tmp_path / "deep.gguf", n_layers=128, n_ctx=1024)
     options = EngineOptions(n_ctx=1024, n_ubatch=128, draft=model_file(draft), draft_tokens=4)
-    measured, estimated = measured_and_estimated(tiny_model, options, 300)
-    assert abs(measured - estimated) < max(16 * MIB, measured // 10)
+    both = held_estimate(tiny_model, options, 300)
     alone = estimate_file(
         model_file(tiny_model), dataclasses.replace(options, draft=None), capabilities()
     )
     assert alone is not None
     # Its weights; 128 layers of 1024 cells, 2 heads of 16 for keys and for values, 2 bytes each.
     least = draft.stat().st_size + 128 * 1024 * 2 * (16 + 16) * 2
-    assert estimated - alone.peak > least > 32 * MIB
+    assert both.needed - alone.needed > least > 32 * MIB
 
 
 def test_the_draft_model_is_part_of_what_must_fit(
@@ -139,8 +141,7 @@ def test_the_draft_model_is_part_of_what_must_fit(
     ],
 )
 def test_the_estimate_of_the_reference_model(reference_model: Path, options: EngineOptions) -> None:
-    measured, estimated = measured_and_estimated(reference_model, options, options.n_ctx // 2 - 40)
-    assert abs(measured - estimated) < max(16 * MIB, measured // 10)
+    held_estimate(reference_model, options, options.n_ctx // 2 - 40)
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +183,7 @@ def test_repacked_weights_are_counted_twice_while_mapped(tmp_path: Path) -> None
     # Its rows are not a multiple of four: the vocabulary has an odd number of words.
     assert next(t for t in header.tensors if t.name == "output.weight").dims[1] % 4
     assert packed.weights_copied == packed.weights_idle == matrices
+    assert packed.peak - packed.needed == matrices
     read = estimate_memory(
         header, dataclasses.replace(OPTIONS, use_mmap=False), cpu_features=features
     )
@@ -198,23 +200,8 @@ def test_a_gpu_takes_its_share(header: GGUFHeader) -> None:
     assert whole.needed < half.needed < host.needed
 
 
-def test_the_peak_is_that_of_the_load_or_that_of_the_work(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    copied = MemoryEstimate(10, 90, 95, 30, 20, 5, 0, 0)
-    mapped = MemoryEstimate(100, 0, 0, 30, 20, 5, 0, 0)
-    monkeypatch.setattr(memory.sys, "platform", "linux")
-    assert (copied.needed, copied.peak) == (155, 200)
-    assert mapped.needed == mapped.peak == 155
-    # Elsewhere the pages of the file stay until the system wants them back.
-    monkeypatch.setattr(memory.sys, "platform", "darwin")
-    assert copied.peak == 250
-    assert mapped.peak == 155
-
-
-def test_what_does_not_fit_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.sys, "platform", "linux")
-    estimate = MemoryEstimate(100 * MIB, 50 * MIB, 100 * MIB, 30 * MIB, 20 * MIB, 0, 40 * MIB, 0)
+def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
+    estimate = MemoryEstimate(100 * MIB, 50 * MIB, 50 * MIB, 30 * MIB, 20 * MIB, 0, 40 * MIB, 0)
     require_memory(estimate, free=200 * MIB)
     with pytest.raises(OutOfMemory, match=r"needs 200 MiB .* but 199 MiB are free") as caught:
         require_memory(estimate, free=199 * MIB)
