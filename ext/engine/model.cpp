@@ -4,6 +4,7 @@
 #include <cstring>
 #include <new>
 
+#include "chat_template.h"
 #include "common.h"
 #include "cpu_layouts.h"
 #include "ggml-backend.h"
@@ -35,6 +36,14 @@ std::string with_log(const std::string & what) {
     return log.empty() ? what : what + ": " + log;
 }
 
+// Errors travel to whoever asked for the work; where a machine keeps its files does not.
+std::string without_path(std::string text, const std::string & path) {
+    for (size_t at = 0; !path.empty() && (at = text.find(path, at)) != std::string::npos;) {
+        text.replace(at, path.size(), "the file");
+    }
+    return text;
+}
+
 bool call_progress(float share, void * data) {
     return (*static_cast<const std::function<bool(float)> *>(data))(share);
 }
@@ -62,13 +71,13 @@ loaded_model::loaded_model(const load_params & params, const std::function<bool(
     } catch (const std::bad_alloc &) {
         throw engine_error(errc::out_of_memory, "not enough memory for the weights");
     } catch (const std::exception & error) {
-        throw engine_error(errc::load_failed, error.what());
+        throw engine_error(errc::load_failed, without_path(error.what(), params.path));
     }
     if (given_up) {
         throw engine_error(errc::cancelled, "the load was cancelled");
     }
     if (!model_) {
-        throw engine_error(errc::load_failed, with_log("the model could not be loaded"));
+        throw engine_error(errc::load_failed, without_path(with_log("the model could not be loaded"), params.path));
     }
     if (llama_model_has_encoder(model_.get()) && llama_model_has_decoder(model_.get())) {
         throw engine_error(errc::load_failed, "encoder-decoder models are not supported");
@@ -93,13 +102,8 @@ loaded_model::loaded_model(const load_params & params, const std::function<bool(
     if (llama_model_has_decoder(model_.get())) {
         warm_up();
     }
-    try {
-        templates_ = common_chat_templates_init(model_.get(), "");
-    } catch (const std::exception &) {
-        // A template that cannot be parsed costs chat requests, not the model.
-        templates_ = nullptr;
-    }
-    batch_ = llama_batch_init(static_cast<int32_t>(llama_n_batch(ctx_.get())), 0, 1);
+    templates_ = read_chat_template(model_.get());
+    batch_     = llama_batch_init(static_cast<int32_t>(llama_n_batch(ctx_.get())), 0, 1);
     describe(params);
 }
 
@@ -353,6 +357,13 @@ std::vector<llama_token> loaded_model::tokenize(const generate_params & params) 
         throw engine_error(errc::bad_request, "prompt: is empty, and the model has no token to begin with");
     }
     return tokens;
+}
+
+std::shared_ptr<const token_table> loaded_model::texts() {
+    if (!texts_) {
+        texts_ = std::make_shared<token_table>(vocab());
+    }
+    return texts_;
 }
 
 std::string loaded_model::piece(llama_token token) const {

@@ -10,6 +10,7 @@
 
 #include "chat.h"
 #include "engine.h"
+#include "grammar.h"
 #include "llama.h"
 
 namespace ai4all {
@@ -53,6 +54,9 @@ class loaded_model {
     // The token's bytes; control tokens have none.
     std::string piece(llama_token token) const;
 
+    // The texts of all tokens, for grammars; made when first asked for.
+    std::shared_ptr<const token_table> texts();
+
   private:
     struct free_model {
         void operator()(llama_model * model) const { llama_model_free(model); }
@@ -76,6 +80,7 @@ class loaded_model {
     context_ptr                              scoring_;
     bool                                     can_reuse_ = false;
     common_chat_templates_ptr                templates_;
+    std::shared_ptr<const token_table>       texts_;
     ggml_threadpool_t                        pool_       = nullptr;
     ggml_threadpool_t                        pool_batch_ = nullptr;
     void (*free_pool_)(ggml_threadpool_t)                = nullptr;

@@ -5,8 +5,7 @@
 #include <limits>
 
 #include "common.h"
-#include "json-schema-to-grammar.h"
-#include "json.h"
+#include "json_schema.h"
 
 namespace ai4all {
 
@@ -35,16 +34,6 @@ common_params_sampling chain_params(const llama_model * model, const generate_pa
         for (const llama_token token : end_tokens(vocab)) {
             result.logit_bias.push_back({token, -INFINITY});
         }
-    }
-    if (!params.json_schema.empty()) {
-        try {
-            result.grammar = common_grammar(COMMON_GRAMMAR_TYPE_OUTPUT_FORMAT,
-                                            json_schema_to_grammar(common_json::parse(params.json_schema)));
-        } catch (const std::exception & error) {
-            throw engine_error(errc::bad_request, std::string("json_schema: ") + error.what());
-        }
-    } else if (!params.grammar.empty()) {
-        result.grammar = common_grammar(COMMON_GRAMMAR_TYPE_USER, params.grammar);
     }
     return result;
 }
@@ -84,7 +73,21 @@ int32_t argmax(const float * x, int32_t n) noexcept {
     return static_cast<int32_t>(std::find(x, x + n, largest) - x);
 }
 
-sampler::sampler(const llama_model * model, const generate_params & params, const std::vector<llama_token> & prompt)
+bool make_finite(float * x, int32_t n) noexcept {
+    constexpr float infinity = std::numeric_limits<float>::infinity();
+    constexpr float most     = std::numeric_limits<float>::max();
+    int32_t         any      = 0;
+    for (int32_t i = 0; i < n; ++i) {
+        // Sorting and sums of exponentials mean nothing where one of these is among them.
+        const float value = x[i] == x[i] ? (x[i] < most ? x[i] : most) : -infinity;
+        x[i]              = value;
+        any |= static_cast<int32_t>(value > -infinity);
+    }
+    return any != 0;
+}
+
+sampler::sampler(const llama_model * model, const generate_params & params, const std::vector<llama_token> & prompt,
+                 const std::function<std::shared_ptr<const token_table>()> & texts)
     : vocab_(llama_model_get_vocab(model)) {
     const bool plain = params.temperature <= 0.0f && params.repetition_penalty == 1.0f && params.grammar.empty() &&
                        params.json_schema.empty();
@@ -99,14 +102,20 @@ sampler::sampler(const llama_model * model, const generate_params & params, cons
         return;
     }
 
-    common_params_sampling chain = chain_params(model, params);
-    try {
-        chain_.reset(common_sampler_init(model, chain));
-    } catch (const std::exception & error) {
-        throw engine_error(errc::bad_request, std::string("grammar: ") + error.what());
+    if (!params.json_schema.empty()) {
+        const std::string rules = grammar_of_schema(params.json_schema);
+        try {
+            grammar_ = std::make_unique<grammar>(rules, vocab_, texts());
+        } catch (const engine_error & error) {
+            throw engine_error(error.code(), std::string("json_schema: as a ") + error.what());
+        }
+    } else if (!params.grammar.empty()) {
+        grammar_ = std::make_unique<grammar>(params.grammar, vocab_, texts());
     }
+    common_params_sampling chain = chain_params(model, params);
+    chain_.reset(common_sampler_init(model, chain));
     if (!chain_) {
-        throw engine_error(errc::bad_request, "grammar: not valid GBNF");
+        throw engine_error(errc::bad_request, "the sampling parameters cannot be used");
     }
     // The penalty sees the end of the prompt too; only the window matters.
     const size_t from = prompt.size() - std::min<size_t>(prompt.size(), penalty_window);
@@ -115,17 +124,35 @@ sampler::sampler(const llama_model * model, const generate_params & params, cons
     }
 }
 
-llama_token sampler::sample(llama_context * ctx, int32_t index) {
-    if (chain_) {
-        const llama_token token = common_sampler_sample(chain_.get(), ctx, index);
-        common_sampler_accept(chain_.get(), token, true);
-        return token;
+// Most tokens that are sampled fit by themselves. Only where one does not are all of them looked at,
+// and one is sampled again out of those that do.
+llama_token sampler::sample_by_grammar(llama_context * ctx, int32_t index, float * logits) {
+    llama_token token = common_sampler_sample(chain_.get(), ctx, index);
+    if (!grammar_->allows(token)) {
+        if (grammar_->mask(logits) == 0) {
+            throw engine_error(errc::bad_request, "grammar: no token of the model goes on from here");
+        }
+        token = common_sampler_sample(chain_.get(), ctx, index);
     }
+    grammar_->accept(token);
+    return token;
+}
 
+llama_token sampler::sample(llama_context * ctx, int32_t index) {
     float * logits = llama_get_logits_ith(ctx, index);
     if (!logits) {
         throw engine_error(errc::compute_failed, "the decode gave no logits");
     }
+    if (chain_) {
+        if (!make_finite(logits, llama_vocab_n_tokens(vocab_))) {
+            throw engine_error(errc::compute_failed, "the logits hold no number");
+        }
+        const llama_token token =
+            grammar_ ? sample_by_grammar(ctx, index, logits) : common_sampler_sample(chain_.get(), ctx, index);
+        common_sampler_accept(chain_.get(), token, true);
+        return token;
+    }
+
     for (const llama_token token : banned_) {
         logits[token] = -INFINITY;
     }

@@ -222,7 +222,7 @@ void engine::impl::start(command cmd) {
                                                            " tokens, the context " +
                                                            std::to_string(model->info().n_ctx));
         }
-        sampling = std::make_unique<sampler>(model->model(), cmd.generate, tokens);
+        sampling = std::make_unique<sampler>(model->model(), cmd.generate, tokens, [this] { return model->texts(); });
     } catch (const engine_error & error) {
         fail(cmd, error.code(), error.what());
         return;
