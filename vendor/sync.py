@@ -26,6 +26,11 @@ PIN_FILE = HERE / "llama.cpp.toml"
 TREE = HERE / "llama.cpp"
 STAMP = ".pin"
 
+# Several times what the pinned tree has.
+MAX_FILES = 20_000
+MAX_BYTES = 512 << 20
+MAX_DEPTH = 64
+
 HOW_TO_FIX = """\
 To build without network access, use one of:
   * our source distribution, which carries this tree;
@@ -95,34 +100,44 @@ def check(archive: Path, expected: str) -> None:
 def unpack(archive: Path, pin: dict[str, Any], target: Path) -> None:
     """Write the kept paths of the archive below ``target``.
 
-    Only regular files are written, each under a path made of plain components, so that nothing
-    in an archive can reach outside.
+    Only regular files are written, each once and under a path made of plain components, so that
+    nothing in an archive can reach outside; and no more than ``MAX_BYTES`` in ``MAX_FILES``.
 
     Raises:
-        SyncError: A member's path is not plain, or nothing was kept.
+        SyncError: A member's path is not plain, there is too much, or nothing was kept.
     """
     kept = set(pin["kept"])
-    count = 0
+    count = size = 0
     with tarfile.open(archive, "r:gz") as tar:
         for member in tar:
             if not member.isfile() or not member.name.startswith(pin["member_prefix"]):
                 continue
-            relative = PurePosixPath(member.name.removeprefix(pin["member_prefix"]))
-            if relative.parts[0] not in kept:
-                continue
-            if relative.is_absolute() or ".." in relative.parts or "\\" in member.name:
+            parts = plain_parts(member.name.removeprefix(pin["member_prefix"]))
+            if parts is None or member.size < 0:
                 raise SyncError(f"{archive.name}: refusing the member {member.name!r}")
+            if parts[0] not in kept:
+                continue
+            count, size = count + 1, size + member.size
+            if count > MAX_FILES or size > MAX_BYTES:
+                raise SyncError(f"{archive.name}: holds more than a source tree would")
             source = tar.extractfile(member)
             assert source is not None  # a regular file always opens
-            path = target.joinpath(*relative.parts)
+            path = target.joinpath(*parts)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with source, path.open("wb") as out:
+            # Anew each time: a file that is there already is one of the same name.
+            with source, path.open("xb") as out:
                 shutil.copyfileobj(source, out)
             if member.mode & 0o100:
                 path.chmod(0o755)
-            count += 1
     if not count:
         raise SyncError(f"{archive.name}: holds nothing below {pin['member_prefix']}")
+
+
+def plain_parts(name: str) -> tuple[str, ...] | None:
+    """The components of a relative path, or None when it is anything but one."""
+    path = PurePosixPath(name)
+    odd = path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable()
+    return path.parts if not odd and 0 < len(path.parts) <= MAX_DEPTH else None
 
 
 def sync(archive: Path | None, *, force: bool) -> bool:

