@@ -1,0 +1,1 @@
+"""A deterministic simulation of the whole control plane on virtual time. See ``run``."""
