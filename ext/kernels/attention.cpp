@@ -1,13 +1,18 @@
-// Attention of a few tokens that has, to the last bit, the results of one token after the other.
+// Attention of a few tokens: to the last bit what ggml computes, in less time.
+//
+// ggml widens each key and value anew for every head and token, and keeps its sums in memory, in half
+// precision. Here what heads and tokens share is widened once, and sums stay in registers, rounded to half
+// precision after the same steps.
 //
 // A draft is verified in one pass, and what it says must be what the plain decode would have said. For
 // one token over a long cache ggml splits the cache among the threads and adds up what each found; for
 // several tokens it does not, and the sums differ in their last bits, which sooner or later is another
 // word. Here each of the several tokens is computed as if it were alone: over the cells that there
-// would have been, split as they would have been, with ggml's own functions in their order. A test
-// compares the bits.
+// would have been, split as they would have been. A test compares the bits.
 
 #include "attention.h"
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 #include <algorithm>
 #include <atomic>
@@ -20,6 +25,10 @@
 #include "kernels.h"
 #include "simd-mappings.h"
 #include "vec.h"
+#include "weights.h"
+#ifndef __AVX512FP16__
+#include "half_sums.h"
+#endif
 
 namespace ai4all::kernels {
 
@@ -49,7 +58,7 @@ struct shape {
 
     // In floats: largest score, sum and values of one part; what one thread works with.
     int64_t partial() const { return 2 + dim_v; }
-    int64_t scratch() const { return dim_k + 2 * dim_v + 16; }
+    int64_t scratch() const { return block_cells * (dim_k + dim_v) + n_tokens * n_heads * dim_k + 16; }
     size_t  bytes(int64_t n_threads) const {
         return static_cast<size_t>(n_tokens * n_heads * n_threads * partial() + n_threads * scratch()) * sizeof(float);
     }
@@ -70,57 +79,174 @@ int64_t cells_of(const ggml_tensor * op, const shape & s, int64_t token) {
     return std::min(s.n_cells, std::max(cell_step, (last + cell_step - 1) / cell_step * cell_step));
 }
 
-// One head of one token over some cells: as ggml's, operation by operation.
-void attend(const ggml_tensor * op, const shape & s, int64_t token, int64_t head, int64_t begin, int64_t end,
-            float * scratch, float * partial) {
+// Rows that share keys: all tokens of a range with all heads of a range, below one head of the cache.
+struct rows {
+    int64_t token, token_end, head, head_end;
+    int64_t n_heads() const { return head_end - head; }
+    int64_t count() const { return (token_end - token) * n_heads(); }
+};
+
+struct softmax {
+    float M = -INFINITY;
+    float S = 0.0f;
+};
+
+// The weights of the cells that a row sees: ggml's way, one cell after the other.
+void weigh(const ggml_fp16_t * mask, float scale, const float * scores, int n, softmax & row, weights & to) {
+    to.count = 0;
+    for (int i = 0; i < n; ++i) {
+        const float seen = GGML_CPU_FP16_TO_FP32(mask[i]);
+        if (seen == -INFINITY) {
+            continue;
+        }
+        float score = scores[i];
+        score       = score * scale;
+        score += seen;
+
+        const float before = row.M;
+        float       ms     = 1.0f;
+        float       vs     = 1.0f;
+        if (score > row.M) {
+            row.M = score;
+            ms    = expf(before - row.M);
+        } else {
+            vs = expf(score - row.M);
+        }
+        row.S               = std::fma(row.S, ms, vs);  // as compilers make one of ggml's line
+        to.cell[to.count]   = i;
+        to.scale[to.count]  = ms;
+        to.weight[to.count] = vs;
+        ++to.count;
+    }
+}
+
+#if defined(__AVX512FP16__)
+
+constexpr bool faster = false;
+
+// Where the CPU computes in half precision itself, ggml's own functions do.
+template <typename Place>
+void attend(const ggml_tensor * op, const shape & s, const rows & of, int64_t begin, int64_t end, float * scratch,
+            Place to) {
     const ggml_tensor * q       = op->src[0];
     const ggml_tensor * k       = op->src[1];
     const ggml_tensor * v       = op->src[2];
     const float         scale   = parameter(op, 0);
     const auto          vec_dot = ggml_get_type_traits_cpu(k->type)->vec_dot;
     const auto          convert = ggml_get_type_traits_cpu(GGML_TYPE_F16)->from_float;
-    const ggml_fp16_t * mask    = mask_of(op, token);
-    const char *        keys    = static_cast<const char *>(k->data) + head / (s.n_heads / k->ne[2]) * k->nb[2];
-    const char *        values  = static_cast<const char *>(v->data) + head / (s.n_heads / v->ne[2]) * v->nb[2];
-
-    auto * sum_v = reinterpret_cast<ggml_fp16_t *>(scratch);
-    auto * query = reinterpret_cast<ggml_fp16_t *>(scratch + s.dim_v);
-    convert(reinterpret_cast<const float *>(static_cast<const char *>(q->data) + token * q->nb[1] + head * q->nb[2]),
+    const char *        keys    = static_cast<const char *>(k->data) + of.head / (s.n_heads / k->ne[2]) * k->nb[2];
+    const char *        values  = static_cast<const char *>(v->data) + of.head / (s.n_heads / v->ne[2]) * v->nb[2];
+    auto *              query   = reinterpret_cast<ggml_fp16_t *>(scratch);
+    auto *              sum     = reinterpret_cast<ggml_fp16_t *>(scratch + s.dim_k);
+    for (int64_t row = 0; row < of.count(); ++row) {
+        const int64_t token = of.token + row / of.n_heads();
+        const int64_t head  = of.head + row % of.n_heads();
+        convert(
+            reinterpret_cast<const float *>(static_cast<const char *>(q->data) + token * q->nb[1] + head * q->nb[2]),
             query, s.dim_k);
-    std::memset(sum_v, 0, s.dim_v * sizeof(ggml_fp16_t));
-
-    float S = 0.0f;
-    float M = -INFINITY;
-    for (int64_t cell = begin; cell < end; ++cell) {
-        const float seen = GGML_CPU_FP16_TO_FP32(mask[cell]);
-        if (seen == -INFINITY) {
-            continue;
+        std::fill(sum, sum + s.dim_v, ggml_fp16_t{0});
+        softmax state;
+        for (int64_t cell = begin; cell < end; cell += block_cells) {
+            const int n = static_cast<int>(std::min<int64_t>(block_cells, end - cell));
+            float     scores[block_cells];
+            weights   by;
+            for (int i = 0; i < n; ++i) {
+                vec_dot(static_cast<int>(s.dim_k), scores + i, 0, keys + (cell + i) * k->nb[1], 0, query, 0, 1);
+            }
+            weigh(mask_of(op, token) + cell, scale, scores, n, state, by);
+            for (int i = 0; i < by.count; ++i) {
+                if (by.scale[i] != 1.0f) {
+                    ggml_vec_scale_f16(static_cast<int>(s.dim_v), sum, by.scale[i]);
+                }
+                ggml_vec_mad_f16(static_cast<int>(s.dim_v), sum,
+                                 reinterpret_cast<const ggml_fp16_t *>(values + (cell + by.cell[i]) * v->nb[1]),
+                                 by.weight[i]);
+            }
         }
-        float score;
-        vec_dot(static_cast<int>(s.dim_k), &score, 0, keys + cell * k->nb[1], 0, query, 0, 1);
-        score = score * scale;
-        score += seen;
-
-        const float before = M;
-        float       ms     = 1.0f;
-        float       vs     = 1.0f;
-        if (score > M) {
-            M  = score;
-            ms = expf(before - M);
-            ggml_vec_scale_f16(static_cast<int>(s.dim_v), sum_v, ms);
-        } else {
-            vs = expf(score - M);
+        float * place = to(token, head);
+        place[0]      = state.M;
+        place[1]      = state.S;
+        for (int64_t d = 0; d < s.dim_v; ++d) {
+            place[2 + d] = GGML_CPU_FP16_TO_FP32(sum[d]);
         }
-        ggml_vec_mad_f16(static_cast<int>(s.dim_v), sum_v,
-                         reinterpret_cast<const ggml_fp16_t *>(values + cell * v->nb[1]), vs);
-        S = S * ms + vs;
-    }
-    partial[0] = M;
-    partial[1] = S;
-    for (int64_t d = 0; d < s.dim_v; ++d) {
-        partial[2 + d] = GGML_CPU_FP16_TO_FP32(sum_v[d]);
     }
 }
+
+#else
+
+constexpr bool faster = true;
+
+bool sees_any(const ggml_fp16_t * mask, int n) {
+    constexpr ggml_fp16_t hidden = 0xfc00;
+    return std::any_of(mask, mask + n, [](ggml_fp16_t x) { return x != hidden; });
+}
+
+// Rows over some cells: each as ggml computes it alone, operation by operation. What they share, the
+// widening of keys and values, is done once. `to(token, head)` is where a row's part goes.
+template <typename Place>
+void attend(const ggml_tensor * op, const shape & s, const rows & of, int64_t begin, int64_t end, float * scratch,
+            Place to) {
+    const ggml_tensor * q           = op->src[0];
+    const ggml_tensor * k           = op->src[1];
+    const ggml_tensor * v           = op->src[2];
+    const float         scale       = parameter(op, 0);
+    const auto          convert     = ggml_get_type_traits_cpu(GGML_TYPE_F16)->from_float;
+    const auto          score_block = s.dim_k == 64 ? score<64> : s.dim_k == 128 ? score<128> : score<0>;
+    const char *        keys        = static_cast<const char *>(k->data) + of.head / (s.n_heads / k->ne[2]) * k->nb[2];
+    const char *        values      = static_cast<const char *>(v->data) + of.head / (s.n_heads / v->ne[2]) * v->nb[2];
+
+    float * block_keys   = scratch;
+    float * block_values = block_keys + block_cells * s.dim_k;
+    float * queries      = block_values + block_cells * s.dim_v;
+    auto *  half         = reinterpret_cast<ggml_fp16_t *>(block_keys);
+    for (int64_t row = 0; row < of.count(); ++row) {
+        const int64_t token = of.token + row / of.n_heads();
+        const int64_t head  = of.head + row % of.n_heads();
+        convert(
+            reinterpret_cast<const float *>(static_cast<const char *>(q->data) + token * q->nb[1] + head * q->nb[2]),
+            half, s.dim_k);
+        for (int64_t d = 0; d < s.dim_k; d += lanes) {
+            store(queries + row * s.dim_k + d, widen(half + d));
+        }
+        float * place = to(token, head);
+        place[0]      = -INFINITY;
+        std::fill(place + 1, place + s.partial(), 0.0f);
+    }
+    for (int64_t cell = begin; cell < end; cell += block_cells) {
+        const int n      = static_cast<int>(std::min<int64_t>(block_cells, end - cell));
+        const int n_next = static_cast<int>(std::min<int64_t>(block_cells, end - cell - n));
+        bool      ready  = false;
+        for (int64_t row = 0; row < of.count(); ++row) {
+            const int64_t       token = of.token + row / of.n_heads();
+            const ggml_fp16_t * mask  = mask_of(op, token) + cell;
+            if (!sees_any(mask, n)) {
+                continue;
+            }
+            if (!ready) {
+                widen_block(keys + cell * k->nb[1], k->nb[1], s.dim_k, n, n_next, block_keys);
+                widen_block(values + cell * v->nb[1], v->nb[1], s.dim_v, n, n_next, block_values);
+                ready = true;
+            }
+            float * place = to(token, of.head + row % of.n_heads());
+            float   scores[block_cells];
+            weights by;
+            softmax state{place[0], place[1]};
+            score_block(queries + row * s.dim_k, block_keys, s.dim_k, n, scores);
+            weigh(mask, scale, scores, n, state, by);
+            place[0]  = state.M;
+            place[1]  = state.S;
+            int64_t d = 0;
+            for (; d + wide * lanes <= s.dim_v; d += wide * lanes) {
+                add_values<wide>(by, block_values + d, s.dim_v, place + 2 + d);
+            }
+            for (; d < s.dim_v; d += lanes) {
+                add_values<1>(by, block_values + d, s.dim_v, place + 2 + d);
+            }
+        }
+    }
+}
+
+#endif
 
 // One head of one token from the parts of the cache.
 void finish(const shape & s, const float * partials, int64_t n_parts, float * scratch, float * to) {
@@ -169,23 +295,48 @@ class attention : public ggml::cpu::tensor_traits {
         float *       partials = static_cast<float *>(params->wdata) + nth * s.scratch();
         const int64_t n_rows   = s.n_tokens * s.n_heads;
 
-        int64_t cells[most_tokens];
+        // How many cells each token is alone with, and in how many parts.
+        const bool one_by_one         = s.n_tokens > 1 && verifying.load(std::memory_order_relaxed);
+        int64_t    cells[most_tokens] = {};
+        int64_t    parts[most_tokens] = {};
         for (int64_t token = 0; token < s.n_tokens; ++token) {
-            cells[token] = cells_of(op, s, token);
+            cells[token] = one_by_one ? cells_of(op, s, token) : s.n_cells;
+            parts[token] = (one_by_one || s.n_tokens == 1) && cells[token] >= least_cells ? nth : 1;
         }
-        for (int64_t unit = params->ith; unit < n_rows * nth; unit += nth) {
-            const int64_t row   = unit / nth;
-            const int64_t part  = (unit + row) % nth;  // in turn, so that no thread has all the short parts
-            const int64_t token = row / s.n_heads;
-            const int64_t parts = cells[token] < least_cells ? 1 : nth;
-            const int64_t size  = (cells[token] + parts - 1) / parts;
-            const int64_t begin = part * size;
-            const int64_t end   = std::min(begin + size, cells[token]);
-            float *       to    = partials + (row * nth + part) * s.partial();
-            if (part < parts && begin < end) {
-                attend(op, s, token, row % s.n_heads, begin, end, scratch, to);
-            } else {
-                to[1] = 0.0f;
+        const auto place = [&](int64_t token, int64_t head, int64_t part) {
+            return partials + ((token * s.n_heads + head) * nth + part) * s.partial();
+        };
+        const int64_t group = s.n_heads / op->src[1]->ne[2];  // heads that share keys
+        if (one_by_one || parts[0] > 1) {
+            // Tokens with the same cells go together: they share keys, too.
+            int64_t unit = 0;
+            for (int64_t token = 0, next; token < s.n_tokens; token = next) {
+                for (next = token + 1; next < s.n_tokens && cells[next] == cells[token];) {
+                    ++next;
+                }
+                const int64_t size = (cells[token] + parts[token] - 1) / parts[token];
+                for (int64_t head = 0; head < s.n_heads; head += group) {
+                    for (int64_t part = 0; part < parts[token]; ++part, ++unit) {
+                        // In turn, so that no thread has all the short parts.
+                        if ((parts[token] > 1 ? part + head / group : unit) % nth != params->ith) {
+                            continue;
+                        }
+                        attend(op, s, {token, next, head, head + group}, std::min(part * size, cells[token]),
+                               std::min((part + 1) * size, cells[token]), scratch,
+                               [&](int64_t t, int64_t h) { return place(t, h, part); });
+                    }
+                }
+            }
+        } else {
+            int64_t       row = n_rows * params->ith / nth;
+            const int64_t end = n_rows * (params->ith + 1) / nth;
+            while (row < end) {
+                const int64_t token = row / s.n_heads;
+                const int64_t head  = row % s.n_heads;
+                const int64_t last  = std::min((head / group + 1) * group, head + end - row);
+                attend(op, s, {token, token + 1, head, last}, 0, s.n_cells, scratch,
+                       [&](int64_t t, int64_t h) { return place(t, h, 0); });
+                row += last - head;
             }
         }
         ggml_barrier(params->threadpool);
@@ -193,7 +344,7 @@ class attention : public ggml::cpu::tensor_traits {
             const int64_t token = row / s.n_heads;
             float *       to = reinterpret_cast<float *>(static_cast<char *>(op->data) + row % s.n_heads * op->nb[1] +
                                                          token * op->nb[2]);
-            finish(s, partials + row * nth * s.partial(), cells[token] < least_cells ? 1 : nth, scratch, to);
+            finish(s, partials + row * nth * s.partial(), parts[token], scratch, to);
         }
         return true;
     }
@@ -203,18 +354,20 @@ class attention : public ggml::cpu::tensor_traits {
 
 ggml::cpu::tensor_traits * attention_for(const ggml_tensor * op) {
     static attention computes;
-    if (!verifying.load(std::memory_order_relaxed) || op->op != GGML_OP_FLASH_ATTN_EXT || !op->src[3] || op->src[4]) {
-        return nullptr;  // a prompt; nothing hidden, or sinks
+    if (op->op != GGML_OP_FLASH_ATTN_EXT || !op->src[3] || op->src[4]) {
+        return nullptr;  // nothing hidden, or sinks
     }
     const ggml_tensor * q    = op->src[0];
     const ggml_tensor * k    = op->src[1];
     const ggml_tensor * v    = op->src[2];
     const ggml_tensor * mask = op->src[3];
-    const bool          few  = q->ne[1] > 1 && q->ne[1] <= most_tokens && q->ne[3] == 1 && k->ne[3] == 1;
+    const bool          ours = faster || (q->ne[1] > 1 && verifying.load(std::memory_order_relaxed));
+    const bool          few  = q->ne[1] <= most_tokens && q->ne[3] == 1 && k->ne[3] == 1;
     const bool          types =
         q->type == GGML_TYPE_F32 && k->type == GGML_TYPE_F16 && v->type == GGML_TYPE_F16 && mask->type == GGML_TYPE_F16;
     const bool plain = parameter(op, 1) == 0.0f && parameter(op, 2) == 0.0f && mask->ne[2] == 1 && mask->ne[3] == 1;
-    return few && types && plain && k->ne[1] >= least_cells ? &computes : nullptr;
+    const bool whole = k->ne[0] % 16 == 0 && v->ne[0] % 16 == 0 && k->ne[2] == v->ne[2];
+    return ours && few && types && plain && whole ? &computes : nullptr;
 }
 
 }  // namespace ai4all::kernels
@@ -222,3 +375,11 @@ ggml::cpu::tensor_traits * attention_for(const ggml_tensor * op) {
 extern "C" void ai4all_verify_draft(bool on) {
     ai4all::kernels::verifying.store(on, std::memory_order_relaxed);
 }
+
+#else
+
+#include "kernels.h"
+
+extern "C" void ai4all_verify_draft(bool) {}
+
+#endif
