@@ -377,7 +377,7 @@ def _metrics(
         time_to_first_token_ms=timings.time_to_first_token_ms,
         tokens_processed=computed.usage.total_tokens,
         tokens_per_second=timings.decode_tokens_per_second,
-        peak_memory_mb=backend.resource_usage().memory_mb,
+        peak_memory_mb=backend.memory_mb(),
         suspended_ms=suspended_ms,
     )
 

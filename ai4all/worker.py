@@ -496,6 +496,13 @@ class Worker:
     async def _answer(self, block_id: str, result: TaskResult, *, begun: bool = False) -> None:
         """Deliver what became of a block: refused where that can be said, else as a result."""
         error = result.error
+        self._observe(BlockFinished(block_id, result))
+        if error is not None and not begun and self._session.send_decline(block_id, error):
+            self._delivery.declined(block_id)
+        else:
+            await self._delivery.submit(block_id, result)
+        self._connection.flush()
+        # Nobody waits for the log; the coordinator waits for the result.
         _log.info(
             "block_finished" if begun else "block_refused",
             block_id=block_id,
@@ -503,12 +510,6 @@ class Worker:
             code=error.code.value if error is not None else None,
             total_ms=round(result.metrics.total_time_ms, 1),
         )
-        self._observe(BlockFinished(block_id, result))
-        if error is not None and not begun and self._session.send_decline(block_id, error):
-            self._delivery.declined(block_id)
-        else:
-            await self._delivery.submit(block_id, result)
-        self._connection.flush()
 
 
 def _options_for(options: WorkerOptions) -> Callable[[ModelFile], EngineOptions]:

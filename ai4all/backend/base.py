@@ -379,6 +379,10 @@ class InferenceBackend(abc.ABC):
         """
 
     @abc.abstractmethod
+    def memory_mb(self) -> int:
+        """Memory that is resident now, in MiB, of every process that the backend runs in."""
+
+    @abc.abstractmethod
     def resource_usage(self) -> ResourceUsage:
         """What this process and its devices use now. Never blocks."""
 

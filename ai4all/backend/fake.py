@@ -255,6 +255,10 @@ class FakeBackend(InferenceBackend):
                 fingerprint=self._fingerprint(model),
             )
 
+    def memory_mb(self) -> int:
+        """The scripted memory."""
+        return self._memory_mb
+
     def resource_usage(self) -> ResourceUsage:
         """The scripted memory, and one thread for each active generation."""
         return ResourceUsage(

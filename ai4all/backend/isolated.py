@@ -283,18 +283,25 @@ class IsolatedBackend(InferenceBackend):
 
     # Figures.
 
+    def memory_mb(self) -> int:
+        """Resident memory of this process and the engine's, in MiB. What they share counts twice."""
+        memory = self._own_figures.memory_info().rss
+        if self._engine_figures is not None:
+            with contextlib.suppress(psutil.Error):
+                memory += self._engine_figures.memory_info().rss
+        return int(memory) // _MIB
+
     def resource_usage(self) -> ResourceUsage:
-        """What this process and the engine's use now, together. Pages they share count twice."""
-        cpu, memory = self._own_figures.cpu_percent(None), self._own_figures.memory_info().rss
+        """What this process and the engine's use now, together; of the CPU since the last call."""
+        cpu = self._own_figures.cpu_percent(None)
         if self._engine_figures is not None:
             # It may have died, and its burial is still to come.
             with contextlib.suppress(psutil.Error):
                 cpu += self._engine_figures.cpu_percent(None)
-                memory += self._engine_figures.memory_info().rss
         busy = bool(self._commands) and self._loaded is not None
         return ResourceUsage(
             cpu_percent=round(min(100.0, cpu / self._cpu_count), 1),
-            memory_mb=memory // _MIB,
+            memory_mb=self.memory_mb(),
             gpu_percent=None,
             gpu_memory_mb=None,
             active_threads=self._loaded.threads if self._loaded is not None and busy else 0,

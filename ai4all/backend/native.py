@@ -401,15 +401,17 @@ class NativeBackend(InferenceBackend):
 
     # Figures.
 
+    def memory_mb(self) -> int:
+        """Resident memory of this process, in MiB."""
+        return int(self._process.memory_info().rss) // _MIB
+
     def resource_usage(self) -> ResourceUsage:
-        """What this process uses now."""
-        with self._process.oneshot():
-            cpu = self._process.cpu_percent(None) / self._cpu_count
-            memory = self._process.memory_info().rss
+        """What this process uses now; its share of the CPU is that since the last call."""
+        cpu = self._process.cpu_percent(None) / self._cpu_count
         busy = any(not stream.ended for stream in self._streams.values())
         return ResourceUsage(
             cpu_percent=round(min(100.0, cpu), 1),
-            memory_mb=memory // _MIB,
+            memory_mb=self.memory_mb(),
             gpu_percent=None,
             gpu_memory_mb=None,
             active_threads=self._running.shape["n_threads"] if self._running and busy else 0,

@@ -102,7 +102,7 @@ class BenchmarkSuite:
             rows.append(await _measure(backend, name, prompt, done, report))
 
         capabilities = backend.capabilities()
-        memory_mb = backend.resource_usage().memory_mb
+        memory_mb = backend.memory_mb()
         result = BenchmarkResult(
             timestamp=_now(),
             backend=capabilities.backend,
