@@ -502,14 +502,8 @@ class Worker:
         else:
             await self._delivery.submit(block_id, result)
         self._connection.flush()
-        # Nobody waits for the log; the coordinator waits for the result.
-        _log.info(
-            "block_finished" if begun else "block_refused",
-            block_id=block_id,
-            success=result.success,
-            code=error.code.value if error is not None else None,
-            total_ms=round(result.metrics.total_time_ms, 1),
-        )
+        # Nobody waits for the log; the coordinator waits for the result, which is written now.
+        asyncio.get_running_loop().call_soon(_log_end, block_id, result, begun)
 
 
 def _options_for(options: WorkerOptions) -> Callable[[ModelFile], EngineOptions]:
@@ -543,6 +537,16 @@ class _ProgressStream:
         """The held text is on its way."""
         self._held.clear()
         self._sent_at = self._clock.monotonic()
+
+
+def _log_end(block_id: str, result: TaskResult, begun: bool) -> None:
+    _log.info(
+        "block_finished" if begun else "block_refused",
+        block_id=block_id,
+        success=result.success,
+        code=result.error.code.value if result.error is not None else None,
+        total_ms=round(result.metrics.total_time_ms, 1),
+    )
 
 
 def _note(event: SessionEvent) -> None:

@@ -251,8 +251,9 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """Text that became certain in one decode step, and the tokens sampled for it.
+    """Text that became certain, and the tokens sampled for it.
 
+    Of one decode step, or of all that were over when the event loop had time to look.
     ``text`` may be empty while a code point or a stop sequence is still open.
     ``completion_tokens`` counts all tokens sampled so far.
     """

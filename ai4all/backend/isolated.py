@@ -284,7 +284,7 @@ class IsolatedBackend(InferenceBackend):
     # Figures.
 
     def memory_mb(self) -> int:
-        """Resident memory of this process and the engine's, in MiB. What they share counts twice."""
+        """Resident memory of both processes, in MiB; what they share counts twice."""
         memory = self._own_figures.memory_info().rss
         if self._engine_figures is not None:
             with contextlib.suppress(psutil.Error):

@@ -15,7 +15,7 @@ import secrets
 import sys
 from array import array
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -203,6 +203,11 @@ class _Stream:
                 self.waiter = None
         return self.events.popleft()
 
+    def take(self, kind: int) -> Iterator[tuple[Any, ...]]:
+        """Take the events of one kind that are here, up to the first of another."""
+        while self.events and self.events[0][0] == kind:
+            yield self.events.popleft()
+
 
 class NativeBackend(InferenceBackend):
     """llama.cpp in this process. A crash of the engine is a crash of the process.
@@ -304,13 +309,19 @@ class NativeBackend(InferenceBackend):
                 event = await stream.get()
                 kind = event[0]
                 if kind == _engine.TOKEN:
-                    text.append(event[2])
-                    tokens.append(event[3])
-                    if event[5]:
-                        logprobs.append(_logprob(event[5]))
-                        yield TokenEvent(event[2], (event[3],), event[4], (logprobs[-1],))
-                    else:
-                        yield TokenEvent(event[2], (event[3],), event[4])
+                    # With those that came since the loop last had time to look.
+                    since = [event, *stream.take(_engine.TOKEN)]
+                    likely = [_logprob(event[5]) for event in since if event[5]]
+                    step = TokenEvent(
+                        "".join([event[2] for event in since]),
+                        tuple([event[3] for event in since]),
+                        since[-1][4],
+                        tuple(likely),
+                    )
+                    text.append(step.text)
+                    tokens += step.token_ids
+                    logprobs += likely
+                    yield step
                 elif kind == _engine.PROMPT_PROGRESS:
                     yield PromptProgress(event[2], event[3])
                 elif kind == _engine.FINISHED:

@@ -143,21 +143,22 @@ class TestConversation:
         await talk.send(["close"])
         assert await talk.process.wait() == 0
 
-    async def test_tokens_share_frames(self, talk: Talk, tiny_model: Path) -> None:
+    async def test_tokens_share_messages(self, talk: Talk, tiny_model: Path) -> None:
         await talk.receive()
         await talk.send(["load", 1, model(tiny_model), OPTIONS])
         await talk.until(1, "loaded")
         talk.frames.clear()
         await talk.send(["generate", 2, request(max_tokens=200)])
-        await talk.until(2, "done")
-        tokens = [
-            (n, message[2])
-            for n, frame in enumerate(talk.frames)
-            for message in frame
-            if message[1] == "token"
-        ]
-        assert [token["completion_tokens"] for _, token in tokens] == list(range(1, 201))
-        assert len({n for n, _ in tokens}) < 200
+        done = await talk.until(2, "done")
+        messages = [message for frame in talk.frames for message in frame]
+        tokens = [message[2] for message in messages if message[1] == "token"]
+        counted = 0
+        for token in tokens:
+            counted += len(token["token_ids"])
+            assert token["completion_tokens"] == counted
+        assert counted == 200
+        assert "".join(token["text"] for token in tokens) == done[2]["text"]
+        assert 1 < len(tokens) < 200
 
     async def test_an_unknown_request_field_is_our_bug_and_no_end(
         self, talk: Talk, tiny_model: Path
