@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import stat
 import tempfile
@@ -48,6 +49,9 @@ MARKER = ".initialized"
 WORKER_ID = "worker_id"
 DIRECTORIES = ("models", "logs", "cache")
 
+# The last is that of a process that may write no more (``ulimit -f``).
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 _OWN_NAMES = frozenset({MARKER, WORKER_ID, *DIRECTORIES, "config.toml"})
 
 
@@ -72,7 +76,8 @@ def prepare_data_dir(path: Path) -> None:
     """Make the data directory and what belongs below it, readable by nobody else.
 
     Modes that let others in are put right, but only in a directory that is empty or ours: a
-    directory named by mistake must not lose its mode.
+    directory named by mistake must not lose its mode. A full disk is no reason not to start where
+    the first run is done: there may be results to deliver, and what cannot be kept is told later.
 
     Raises:
         DataDirectoryError: It cannot be used; says why.
@@ -88,16 +93,24 @@ def prepare_data_dir(path: Path) -> None:
         for name in DIRECTORIES:
             (path / name).mkdir(mode=0o700, exist_ok=True)
         _make_content_private(path)
-        # Permission bits do not tell of a read-only or full file system; writing does.
-        with tempfile.NamedTemporaryFile(prefix=".probe.", dir=path) as probe:
-            probe.write(b"\0" * 4096)
-            probe.flush()
+        _probe(path)
     except FileExistsError as error:
         raise DataDirectoryError(error.filename or path, "is not a directory") from error
     except DataDirectoryError:
         raise
     except OSError as error:
         raise disk_error(path, error) from error
+
+
+def _probe(path: Path) -> None:
+    """Permission bits do not tell of a read-only or full file system; writing does."""
+    try:
+        with tempfile.NamedTemporaryFile(prefix=".probe.", dir=path) as probe:
+            probe.write(b"\0" * 4096)
+            probe.flush()
+    except OSError as error:
+        if error.errno not in _NO_ROOM or not is_initialized(path):
+            raise
 
 
 def _make_private(path: Path) -> None:

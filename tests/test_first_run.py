@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -102,6 +103,25 @@ def test_a_full_disk_is_noticed_before_anything_is_fetched(
 
     monkeypatch.setattr("ai4all.first_run.tempfile.NamedTemporaryFile", full)
     with pytest.raises(DataDirectoryError, match="the disk is full"):
+        prepare_data_dir(data_dir)
+
+
+def test_a_full_disk_keeps_no_worker_from_starting_that_may_have_results_to_deliver(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_data_dir(data_dir)
+    (data_dir / ".initialized").touch()
+
+    def failing(number: int) -> None:
+        def fail(*args: object, **more: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("ai4all.first_run.tempfile.NamedTemporaryFile", fail)
+
+    failing(errno.ENOSPC)
+    prepare_data_dir(data_dir)
+    failing(errno.EROFS)
+    with pytest.raises(DataDirectoryError, match="Read-only"):
         prepare_data_dir(data_dir)
 
 
