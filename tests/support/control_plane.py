@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import sys
@@ -135,6 +136,7 @@ class ControlPlane:
 
         self._held.push_async_callback(stop)
         await registered.wait()
+        gc.freeze()  # As the command does.
 
     async def _dismiss(self, coordinator: asyncio.subprocess.Process) -> None:
         assert coordinator.stdin is not None
