@@ -60,7 +60,7 @@ def print_findings(found: Findings, events: int, only: tuple[str, ...], console:
     )
     console.print(
         f"{found.seeds} seeds, {found.events} events, {found.virtual_s / 3600:.0f} hours of "
-        f"virtual time in {found.seconds:.0f} s\n"
+        f"virtual time in {found.seconds:.0f} s, {found.cpu_s:.0f} s of CPU time\n"
         f"{found.blocks} blocks, {found.delivered} of them delivered, {found.lives} starts of a "
         f"worker\n"
         f"{sum(found.injected.values())} faults: {injected}\n"

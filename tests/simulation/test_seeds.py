@@ -16,7 +16,7 @@ from simulation.many import run_many, run_one
 
 from ai4all.worker_delivery import Delivery
 
-SEEDS, EVENTS = 80, 200
+SEEDS, EVENTS = 60, 200
 
 SCRIPT = Path(__file__).parents[1] / "simulate.py"
 
@@ -55,10 +55,10 @@ def test_a_run_that_breaks_off_has_failed(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_script_prints_figures_over_several_processes() -> None:
-    command = [sys.executable, str(SCRIPT), "--seeds", "6", "--processes", "2", "--json"]
+    command = [sys.executable, str(SCRIPT), "--seeds", "4", "--processes", "2", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
     document = ujson.loads(done.stdout)
-    assert (document["seeds"], document["failing"]) == (6, {})
+    assert (document["seeds"], document["failing"]) == (4, {})
     assert done.stderr == ""
 
 
@@ -67,7 +67,7 @@ def test_the_script_names_the_seed_that_failed_and_how_to_run_it_again(
 ) -> None:
     monkeypatch.setattr(Delivery, "take_over", lambda self: None)
     with pytest.raises(typer.Exit) as ended:
-        script.main(seeds=20, first=0, events=EVENTS, only=["kill", "lose_acks"], processes=1)
+        script.main(seeds=4, first=0, events=EVENTS, only=["kill", "lose_acks"], processes=1)
     assert ended.value.exit_code == 1
     lines = capsys.readouterr().out.splitlines()
     (command,) = [line.split() for line in lines if "python tests/simulate.py" in line][:1]

@@ -96,7 +96,7 @@ class Machine:
         pace: Factor on the time that its engine takes.
         models: Its models.
         awake_from: When its last sleep ends or ended.
-        faults: What went wrong that must not.
+        faults: What went wrong that must not, here or on another machine.
         is_wanted: Whether its supervisor starts the worker again.
         lives: How often it was started.
         deaths: How it was killed, each time.
@@ -110,6 +110,7 @@ class Machine:
         network: Network,
         options: MachineOptions,
         history: Callable[[Record], None],
+        faults: list[str],
     ) -> None:
         self.world = world
         self.name = name
@@ -124,7 +125,7 @@ class Machine:
         self.pace = self.rng.choice((0.2, 1.0, 1.0, 8.0))
         self.models = Store()
         self.life: Life | None = None
-        self.faults: list[str] = []
+        self.faults = faults
         self.is_wanted = True
         self.lives = 0
         self.deaths: list[str] = []

@@ -30,6 +30,7 @@ class Outcome:
     deaths: dict[str, int] = field(default_factory=dict)
     faults: tuple[str, ...] = ()
     digest: str | None = None
+    cpu_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -50,6 +51,7 @@ class Findings:
         replayed: Seeds that were run a second time.
         differing: Those whose second run was another one.
         seconds: Real time that it took.
+        cpu_s: Seconds of CPU time that it took, in all processes.
     """
 
     seeds: int = 0
@@ -65,6 +67,7 @@ class Findings:
     replayed: int = 0
     differing: list[int] = field(default_factory=list)
     seconds: float = 0.0
+    cpu_s: float = 0.0
 
     def add(self, outcome: Outcome) -> None:
         """Count one run in."""
@@ -84,6 +87,7 @@ class Findings:
 
 def run_one(seed: int, events: int, only: tuple[str, ...]) -> Outcome:
     """Run a seed and keep what counts. A run that breaks off has failed, too."""
+    began = time.process_time()
     try:
         run = simulate(seed, events, only=only)
     except Exception as exc:  # noqa: BLE001 - one seed must not end all the others.
@@ -101,6 +105,7 @@ def run_one(seed: int, events: int, only: tuple[str, ...]) -> Outcome:
         deaths=run.deaths,
         faults=tuple(run.faults),
         digest=run.digest,
+        cpu_s=time.process_time() - began,
     )
 
 
@@ -133,6 +138,7 @@ def run_many(
     jobs = [(seed, events, only) for seed in [*wanted, *again]]
 
     def take(outcome: Outcome) -> None:
+        found.cpu_s += outcome.cpu_s
         if outcome.seed in digests:
             found.replayed += 1
             if outcome.digest != digests[outcome.seed]:

@@ -30,6 +30,7 @@ from simulation.coordinator import Coordinator, CoordinatorOptions
 from simulation.history import Record
 from simulation.machine import Machine, MachineOptions
 from simulation.network import Network
+from simulation.virtual_loop import generators_closed_by_their_loop
 from simulation.world import World
 
 # After the last fault all work must be done within so many seconds of virtual time.
@@ -40,9 +41,6 @@ _LONGEST_S: Final = 40 * 86_400.0
 
 # So long after the last fault comes a last block for each worker.
 _PROBED_AFTER_S: Final = 30.0
-
-# What every machine says of its memory.
-_MEMORY: Final = SimpleNamespace(total=8 << 30, available=4 << 30)
 
 _FASTEST_DISK: Final = Path("/dev/shm")
 
@@ -135,6 +133,7 @@ class Simulation:
                     stop_grace=rng.choice((0.5, 5.0, 20.0)),
                 ),
                 self._record,
+                self._faults,
             )
             for number in range(workers or rng.choice((1, 1, 1, 2, 3)))
         ]
@@ -171,7 +170,7 @@ class Simulation:
         kind, model = TaskType.TEXT_COMPLETION, "tiny"
         task_input: dict[str, Any] = {
             "prompt": f"prompt {number}",
-            "max_tokens": rng.choice((1, 2, 3, 5, 5, 20)),
+            "max_tokens": rng.choice((1, 1, 2, 3, 5, 15)),
         }
         match rng.randrange(20):
             case 0:
@@ -250,7 +249,6 @@ class Simulation:
             chaos=self.chaos.counts,
             faults=[
                 *self._faults,
-                *(fault for machine in machines for fault in machine.faults),
                 *self._checker.faults,
             ],
             digest=world.digest(),
@@ -259,9 +257,7 @@ class Simulation:
         )
 
     def _is_broken(self) -> bool:
-        return bool(
-            self._faults or self._checker.faults or any(machine.faults for machine in self.machines)
-        )
+        return bool(self._faults or self._checker.faults)
 
     def _is_done(self) -> bool:
         return self.coordinator.unfinished == 0 and all(
@@ -297,6 +293,11 @@ def _made(folder: Path) -> Path:
     return folder
 
 
+def _memory() -> SimpleNamespace:
+    """What every machine says of its memory."""
+    return SimpleNamespace(total=8 << 30, available=4 << 30)
+
+
 @contextmanager
 def _determined(seed: int) -> Iterator[None]:
     """Take away what differs from run to run: ids, the machine's memory, the collector's moments.
@@ -314,7 +315,8 @@ def _determined(seed: int) -> Iterator[None]:
     try:
         with (
             mock.patch.object(uuid, "uuid4", next_id),
-            mock.patch.object(psutil, "virtual_memory", return_value=_MEMORY),
+            mock.patch.object(psutil, "virtual_memory", _memory),
+            generators_closed_by_their_loop(),
         ):
             yield
     finally:

@@ -9,12 +9,13 @@ so that even the order of a set of them is the same in every run.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import heapq
 import itertools
 import sys
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from typing import Any
 
 # A loop that runs so many callbacks without the time moving on will never stop.
@@ -47,6 +48,23 @@ class NumberedFuture(_Numbered, asyncio.Future):  # type: ignore[type-arg]
     def __init__(self, number: int, *args: Any, **kwargs: Any) -> None:
         self._number = number
         super().__init__(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def generators_closed_by_their_loop() -> Iterator[None]:
+    """Let an asynchronous generator that is dropped end on the loop that runs then, if any."""
+
+    def finalize(generator: AsyncGenerator[Any, Any]) -> None:
+        # A process that is dead runs nothing more.
+        if (loop := asyncio._get_running_loop()) is not None:
+            loop.create_task(generator.aclose())
+
+    before = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(finalizer=finalize)
+    try:
+        yield
+    finally:
+        sys.set_asyncgen_hooks(*before)
 
 
 class VirtualLoop(asyncio.AbstractEventLoop):
@@ -95,8 +113,6 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         Raises:
             Livelock: It does not end.
         """
-        hooks = sys.get_asyncgen_hooks()
-        sys.set_asyncgen_hooks(finalizer=self._finalize)
         asyncio._set_running_loop(self)
         self._is_running = True
         ready, timers, count = self._ready, self._timers, 0
@@ -120,7 +136,6 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         finally:
             self._is_running = False
             asyncio._set_running_loop(None)
-            sys.set_asyncgen_hooks(*hooks)
 
     def pending_tasks(self) -> list[asyncio.Task[Any]]:
         """Tasks that are not done, oldest first."""
@@ -130,9 +145,6 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         """Forget what is due later, and free what waits for it."""
         self._timers.clear()
         self._ready.clear()
-
-    def _finalize(self, generator: AsyncGenerator[Any, Any]) -> None:
-        self.create_task(generator.aclose())
 
     # What asyncio needs of a loop.
 
