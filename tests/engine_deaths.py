@@ -1,26 +1,30 @@
 """Kill the engine of a real worker a hundred times and print what the coordinator saw of it.
 
-Usage: python tests/engine_deaths.py [--deaths N]
-
 The goal: each death is reported within 10 s, the engine is back within 5 s and a load, and the
 link to the coordinator never drops. Hangs are found after the limits that are shipped.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 import statistics
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
 
 import structlog
+import typer
+import ujson
 from mortality import KINDS, Findings, kill_again_and_again
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 from tiny_gguf import write_tiny_gguf
 
 REPORTED_WITHIN_S = 10.0
@@ -47,40 +51,50 @@ def failures(found: Findings) -> list[str]:
     return short
 
 
-def print_findings(found: Findings) -> None:
-    """Print a line for each kind of death, and what holds for all."""
-    print(f"{'death':<10}{'count':>6}{'told after, s':>22}{'next block after, s':>24}")
-    print(f"{'':<10}{'':>6}{'median':>12}{'most':>10}{'median':>14}{'most':>10}")
+def print_findings(found: Findings, console: Console) -> None:
+    """Print a row for each kind of death, and what holds for all."""
+    table = Table("death", "count", "told after, s: median", "most", "next block: median", "most")
     for kind in KINDS:
         told = [death.reported for death in found.deaths if death.kind == kind]
         back = [death.back for death in found.deaths if death.kind == kind]
         if told:
-            print(
-                f"{kind:<10}{len(told):>6}{statistics.median(told):>12.3f}{max(told):>10.3f}"
-                f"{statistics.median(back):>14.3f}{max(back):>10.3f}"
-            )
-    print(
+            figures = (statistics.median(told), max(told), statistics.median(back), max(back))
+            table.add_row(kind, str(len(told)), *(f"{seconds:.3f}" for seconds in figures))
+    console.print(table)
+    console.print(
         f"registrations: {found.links}; links dropped: {found.drops}; "
         f"heartbeats: {found.heartbeats}; crash records: {found.records}; "
         f"different answers to one question: {found.answers}"
     )
 
 
-def main() -> int:
-    """Run; the exit status is 1 when the goal is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--deaths", type=int, default=100)
-    count = parser.parse_args().deaths
+def main(
+    deaths: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead.")] = False,
+) -> None:
+    """Kill engines. The exit status is 1 when the goal is missed."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     logging.disable(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder:
+    stderr = Console(stderr=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress,
+    ):
+        bar = progress.add_task("killing engines", total=deaths)
         tiny = write_tiny_gguf(Path(folder) / "tiny.gguf")
-        found = asyncio.run(kill_again_and_again(Path(folder), tiny, count))
-    print_findings(found)
+        found = asyncio.run(
+            kill_again_and_again(Path(folder), tiny, deaths, on_death=lambda: progress.advance(bar))
+        )
     short = failures(found)
-    print("\n".join(short) if short else f"{len(found.deaths)} deaths: the goal is met")
-    return 1 if short else 0
+    if as_json:
+        print(ujson.dumps(asdict(found) | {"short": short}, indent=2))
+    else:
+        console = Console(soft_wrap=True)
+        print_findings(found, console)
+        verdict = "\n".join(short) if short else f"{len(found.deaths)} deaths: the goal is met"
+        console.print(verdict, highlight=False)
+    raise typer.Exit(1 if short else 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)

@@ -30,7 +30,7 @@ from ai4all.protocol.messages import ErrorStatus
 __all__ = ["Disk", "Findings", "LimitedProcess", "SmallDisk", "fill_again_and_again"]
 
 # What needs longer than this does not come at all.
-_PATIENCE_S = 60.0
+_PATIENCE_S = 100.0
 _LENGTHS = (8, 256, 1024)
 
 

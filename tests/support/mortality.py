@@ -12,7 +12,7 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -123,7 +123,10 @@ def _tasks(kinds: Sequence[str]) -> Iterator[TaskSpec]:
 class _Reaper:
     """Strikes once each victim has begun, and notes when the coordinator hears of it."""
 
-    def __init__(self, backend: IsolatedBackend, kinds: Sequence[str]) -> None:
+    def __init__(
+        self, backend: IsolatedBackend, kinds: Sequence[str], on_death: Callable[[], None]
+    ) -> None:
+        self._on_death = on_death
         self.deaths = [Death(kind) for kind in kinds]
         self.heartbeats = 0
         self._backend = backend
@@ -150,6 +153,7 @@ class _Reaper:
             if event.block_id.startswith("victim-"):
                 death.reported = now - death.struck_at
                 self._told_at[_number(event.block_id)] = now
+                self._on_death()
             else:
                 death.back = now - self._told_at[_number(event.block_id)]
 
@@ -179,8 +183,18 @@ async def kill_again_and_again(
     *,
     kinds: Sequence[str] = KINDS,
     limits: WatchdogLimits | None = None,
+    on_death: Callable[[], None] = lambda: None,
 ) -> Findings:
-    """Let the engine die ``count`` times, of each of ``kinds`` in turn."""
+    """Let the engine die ``count`` times, of each of ``kinds`` in turn.
+
+    Args:
+        folder: Where what is needed is written.
+        tiny_model: What computes.
+        count: Deaths.
+        kinds: Of ``KINDS``.
+        limits: When an engine counts as hanging; by default as shipped.
+        on_death: Called once the coordinator was told of each.
+    """
     order = list(itertools.islice(itertools.cycle(kinds), count))
     spoiled = folder / "spoiled.gguf"
     spoiled.write_bytes(deadly_model())
@@ -191,7 +205,7 @@ async def kill_again_and_again(
         quarantine=Quarantine(None, QuarantineRules(deaths=10**9)),
         limits=limits,
     )
-    reaper = _Reaper(backend, order)
+    reaper = _Reaper(backend, order, on_death)
     findings = Findings(deaths=reaper.deaths)
     coordinator = EmbeddedCoordinator(
         list(_tasks(order)),

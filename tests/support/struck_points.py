@@ -36,7 +36,7 @@ from ai4all.errors import Ai4allError
 KILLS = (Fault.KILL_BEFORE, Fault.KILL_AFTER, Fault.KILL_TORN)
 
 # What is not delivered by then is a finding.
-_PATIENCE_S = 20.0
+_PATIENCE_S = 60.0
 
 
 @dataclass(slots=True)

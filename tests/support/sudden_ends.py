@@ -22,7 +22,7 @@ from ai4all.coordinator import EmbeddedCoordinator, Event, EventKind, LeaseRules
 
 __all__ = ["EngineKill", "Redelivery", "kill_after_commit", "kill_engine"]
 
-_PATIENCE_S = 60.0
+_PATIENCE_S = 100.0
 
 
 @dataclass(frozen=True, slots=True)
