@@ -57,9 +57,8 @@ def print_findings(
 ) -> None:
     """Print a row for each point, and the sum."""
     struck = "failures" if failures else "kills"
-    table = Table("where", struck, "kinds of call", "problems", "sent again", "slowest s")
-    for column in table.columns:
-        column.no_wrap = True
+    table = Table("where", struck, "calls", "problems", "sent again", "slowest s")
+    table.columns[0].no_wrap = True
     for found in runs:
         table.add_row(
             found.name,

@@ -15,6 +15,7 @@ import functools
 import itertools
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -34,6 +35,8 @@ from ai4all.delivery.spool import Spool
 from ai4all.errors import Ai4allError
 
 KILLS = (Fault.KILL_BEFORE, Fault.KILL_AFTER, Fault.KILL_TORN)
+
+_OUR_FOLDER = re.compile(r"\S*/run-\d+")
 
 # What is not delivered by then is a finding.
 _PATIENCE_S = 60.0
@@ -243,7 +246,8 @@ def fail_at(
             fault = (Fault.FAIL, Fault.FAIL_SHORT)[call % 2]
             arm = functools.partial(_arm_failure, fault, call, last, error)
             child = _run(point, root, next(numbers), f"{seed}", arm, found)
-            found.messages.update(child.told.of("raised") + child.told.of("failed"))
+            said = child.told.of("raised") + child.told.of("failed")
+            found.messages.update(_OUR_FOLDER.sub("...", text) for text in said)
             if not child.last_call or int(child.last_call.partition(" ")[0]) < call:
                 break
             found.strikes += 1
