@@ -102,6 +102,8 @@ class Block:
         """
         now = clock.monotonic()
         remaining = (assignment.deadline - (assignment.timestamp or clock.utc())).total_seconds()
+        # One that has long passed has passed; how long ago need not fit anybody's clock.
+        remaining = max(remaining, -_MAX_DEADLINE_S)
         deadline = now + remaining if remaining < _MAX_DEADLINE_S else None
         return cls(assignment, now, deadline, clock.asleep(), clock)
 

@@ -93,6 +93,14 @@ def test_a_deadline_far_away_is_none_asleep_or_awake() -> None:
     assert block.remaining is None
 
 
+def test_a_deadline_that_has_long_passed_still_fits_a_clock_in_nanoseconds() -> None:
+    block = received(-8000 * YEAR, MovedClock(), datetime(9999, 12, 31, tzinfo=UTC))
+    assert block.deadline is not None
+    assert abs(block.deadline * 1e9) < 1 << 62
+    assert block.remaining is not None
+    assert block.remaining < -YEAR / 13
+
+
 def test_what_was_slept_is_told_beside_the_other_times() -> None:
     clock = MovedClock()
     block = received(600.0, clock)

@@ -231,14 +231,24 @@ def _open_sound(path: Path) -> tuple[sqlite3.Connection, Contents]:
         contents = _read(connection)
     except BaseException as exc:
         connection.close()
-        if isinstance(exc, sqlite3.Error) and _primary_code(exc) in (
-            sqlite3.SQLITE_CORRUPT,
-            sqlite3.SQLITE_NOTADB,
-            sqlite3.SQLITE_ERROR,  # the text of the schema is damaged
-        ):
+        if _is_damage(exc):
             raise _Damaged(str(exc)) from exc
         raise
     return connection, contents
+
+
+def _is_damage(error: BaseException) -> bool:
+    if isinstance(error, UnicodeDecodeError):
+        # SQLite's complaint quotes what is damaged, and that is no text any more.
+        return True
+    if isinstance(error, sqlite3.OperationalError) and not hasattr(error, "sqlite_errorcode"):
+        # The module's own complaint: a column of text holds none.
+        return True
+    return isinstance(error, sqlite3.Error) and _primary_code(error) in (
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_NOTADB,
+        sqlite3.SQLITE_ERROR,  # the text of the schema is damaged
+    )
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
@@ -351,6 +361,8 @@ def _salvage(path: Path) -> tuple[list[Row], list[Running], int]:
     running: dict[str, Running] = {}
     bad: set[int] = set()
     with contextlib.closing(_connect(path)) as connection:
+        # A text that is none makes its row a damaged one, and does not end the reading.
+        connection.text_factory = _text
         for order in ("ASC", "DESC"):
             for seq, block_id, payload, digest, committed_at in _readable(
                 connection,
@@ -376,8 +388,15 @@ def _salvage(path: Path) -> tuple[list[Row], list[Running], int]:
 
 
 def _readable(connection: sqlite3.Connection, query: str) -> Iterator[tuple[Any, ...]]:
-    with contextlib.suppress(sqlite3.Error):
+    with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
         yield from connection.execute(query)
+
+
+def _text(raw: bytes) -> str | None:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _is_whole(block_id: object, payload: object, digest: object, committed_at: object) -> bool:

@@ -14,7 +14,7 @@ namespace ai4all {
 namespace {
 
 // Real templates take some milliseconds.
-constexpr double most_seconds = 1.0;
+constexpr double most_seconds = 0.5;
 constexpr auto   look_every   = std::chrono::milliseconds(20);
 
 // Processor time of a thread, which a busy or sleeping machine does not add to; elapsed time where

@@ -486,6 +486,21 @@ def rename_a_table(path: Path) -> None:
     path.write_bytes(data.replace(b"payload BLOB", b"payload BLOT").replace(b"seq INT", b"sec INT"))
 
 
+def spoil_the_texts_of_ids(path: Path) -> None:
+    """What stood for a text is none any more, in the table and in its index."""
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"b7", b"\xff7").replace(b"b23", b"\xff23"))
+
+
+def spoil_the_text_of_the_schema(path: Path) -> None:
+    """What SQLite says of it quotes what is no text."""
+    data = path.read_bytes()
+    data = data.replace(b"tableresults", b"table\x8besults").replace(
+        b"CREATE TABLE results", b"CREATE TABBLE result"
+    )
+    path.write_bytes(data)
+
+
 def replace_by_text(path: Path) -> None:
     path.write_text("this is no database\n" * 100)
 
@@ -498,6 +513,8 @@ def replace_by_text(path: Path) -> None:
         (scribble_middle, 20),
         (flip_a_bit_of_a_result, 39),
         (rename_a_table, 0),
+        (spoil_the_texts_of_ids, 38),
+        (spoil_the_text_of_the_schema, 0),
         (replace_by_text, 0),
     ],
 )
