@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import heapq
 import random
 
 import pytest
+from crowds import busiest_second, connects_after_recovery, connects_to_a_closing_coordinator
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -124,36 +124,6 @@ def test_a_handshake_does_not_save_from_giving_up() -> None:
     assert attempts.exhausted
 
 
-def connects_after_recovery(workers: int, outage_s: float, seed: int) -> list[float]:
-    """Times of the connects after the outage, counted from its end; each worker has one."""
-    rng = random.Random(seed)
-    queue: list[tuple[float, int]] = []
-    fleet = []
-    for number in range(workers):
-        attempts = Attempts(Backoff(rng=random.Random(rng.random())))
-        attempts.opened(-1000.0)
-        attempts.heard()
-        fleet.append(attempts)
-        heapq.heappush(queue, (attempts.lost(0.0), number))
-    connects = []
-    while queue:
-        now, number = heapq.heappop(queue)
-        if now < outage_s:
-            heapq.heappush(queue, (now + fleet[number].lost(now), number))
-        else:
-            connects.append(now - outage_s)
-    return connects
-
-
-def busiest_second(times: list[float]) -> int:
-    start = most = 0
-    for end, time in enumerate(times):
-        while times[start] <= time - 1.0:
-            start += 1
-        most = max(most, end - start + 1)
-    return most
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_a_thousand_workers_do_not_stampede_after_an_outage(seed: int) -> None:
     connects = connects_after_recovery(1000, 600.0, seed)
@@ -165,15 +135,7 @@ def test_a_thousand_workers_do_not_stampede_after_an_outage(seed: int) -> None:
 @pytest.mark.parametrize("life_s", [0.0, 1.0])
 def test_a_coordinator_that_accepts_and_closes_meets_patience(life_s: float) -> None:
     for seed in range(50):
-        attempts = Attempts(Backoff(rng=random.Random(seed)))
-        now, connects = 0.0, 0
-        while now < 600.0:
-            connects += 1
-            attempts.opened(now)
-            attempts.heard()
-            now += life_s
-            now += attempts.lost(now)
-        assert connects <= 20
+        assert connects_to_a_closing_coordinator(600.0, life_s, seed) <= 20
 
 
 def test_the_bound_on_connects_holds_for_the_least_lucky_draw() -> None:
