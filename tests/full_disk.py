@@ -113,6 +113,8 @@ def print_findings(found: Findings, seed: int, console: Console) -> None:
         f"from room to new results: median {statistics.median(found.recoveries):.1f} s, "
         f"most {max(found.recoveries):.1f} s"
     )
+    for reason, count in found.refused.most_common():
+        console.print(f"{count} results refused: {reason}", highlight=False)
     for status, count in found.statuses.most_common():
         console.print(f"{count} heartbeats said: {status}", highlight=False)
 
@@ -148,7 +150,7 @@ def main(
             logs = "".join(log.read_text() for log in (folder / "data" / "logs").iterdir())
         finally:
             if not limit:
-                subprocess.run(["umount", str(folder / "data")], check=True)
+                subprocess.run(["umount", "--lazy", str(folder / "data")], check=True)
     short = shortcomings(found, logs)
     if as_json:
         document = asdict(found) | {"seed": seed, "limit": limit, "short": short}

@@ -117,6 +117,7 @@ class Findings:
         killed_while_full: Workers that were killed on one.
         statuses: What heartbeats said of it, and how often.
         recoveries: Seconds from the room's return to the next accepted result of a new block.
+        refused: Why results were not accepted, and how often.
         violations: Frames that the coordinator did not understand.
         seconds: How long it took.
     """
@@ -131,6 +132,7 @@ class Findings:
     killed_while_full: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
     recoveries: list[float] = field(default_factory=list)
+    refused: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -183,6 +185,8 @@ class _Scene:
                 self.found.assigned_while_full += event.at > self.said_full_at + 0.2
             case EventKind.DELIVERED | EventKind.REQUEUED:
                 self._refill()
+            case EventKind.REFUSED:
+                self.found.refused[event.detail] += 1
         self.changed.set()
 
     async def until(self, condition: Callable[[], bool]) -> None:
@@ -236,14 +240,16 @@ class _Scene:
             await self.more(EventKind.PROGRESS)
             self.fill(running)
             await self.coordinator.stop()
-            await running.until("result_not_kept")
             delivered = self.events[EventKind.DELIVERED]
-            await self.coordinator.start()
-            await self.until(lambda: self.said_full_at is not None)
-            await self.until(lambda: self.events[EventKind.DELIVERED] > delivered)
-            self.found.sent_from_memory += 1
-            # It takes no more, however long it lasts.
-            await self.more(EventKind.HEARTBEAT, 4)
+            if await self._was_not_kept(running):
+                self.found.sent_from_memory += 1
+                await self.coordinator.start()
+                await self.until(lambda: self.said_full_at is not None)
+                await self.until(lambda: self.events[EventKind.DELIVERED] > delivered)
+                # It takes no more, however long it lasts.
+                await self.more(EventKind.HEARTBEAT, 4)
+            else:
+                await self.coordinator.start()
             await self.free(running)
             await self._end(running)
 
@@ -280,6 +286,17 @@ class _Scene:
             await self.more(EventKind.REGISTERED)
             await self.free(running)
             await self._end(running)
+
+    async def _was_not_kept(self, running: WorkerProcess) -> bool:
+        """Whether there was no room for a result; else the spool's log had some to write over."""
+        finished = running.said.count("block_finished")
+        while "result_not_kept" not in running.said:
+            if running.said.count("block_finished") >= finished + 2:
+                # Both are done, and the second was kept too if this is not said at once.
+                await asyncio.sleep(1.0)
+                return "result_not_kept" in running.said
+            await asyncio.sleep(0.01)
+        return True
 
     async def _end(self, running: WorkerProcess) -> None:
         running.process.send_signal(signal.SIGTERM)
