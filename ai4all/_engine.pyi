@@ -42,6 +42,7 @@ class Engine:
         prefix_cache_bytes: int,
         draft_path: bytes = ...,
         draft_tokens: int = ...,
+        devices: tuple[bytes, ...] = ...,
     ) -> int: ...
     def unload(self) -> int: ...
     def generate(

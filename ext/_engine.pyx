@@ -196,6 +196,7 @@ cdef class Engine:
         uint64_t prefix_cache_bytes,
         bytes draft_path=b"",
         unsigned int draft_tokens=0,
+        tuple devices=(),
     ):
         """Queue a load and return its id."""
         self._check()
@@ -214,6 +215,8 @@ cdef class Engine:
         params.prefix_cache_bytes = prefix_cache_bytes
         params.draft_path = draft_path
         params.draft_tokens = draft_tokens
+        for device in devices:
+            params.devices.push_back(<string> (<bytes> device))
         cdef uint64_t command
         with nogil:
             command = self._engine.load(params)
@@ -347,6 +350,16 @@ cdef class Engine:
         return {
             "description": text_of(info.description),
             "device": text_of(info.device),
+            "placement": [
+                {
+                    "device": text_of(share.device),
+                    "n_layers": share.n_layers,
+                    "weights": share.weights,
+                    "context": share.context,
+                    "compute": share.compute,
+                }
+                for share in info.placement
+            ],
             "n_ctx": info.n_ctx,
             "n_ctx_train": info.n_ctx_train,
             "n_batch": info.n_batch,
@@ -408,6 +421,7 @@ def devices():
             "description": text_of(device.description),
             "kind": text_of(device.kind),
             "backend": text_of(device.backend),
+            "id": text_of(device.id),
             "memory_total": device.memory_total,
             "memory_free": device.memory_free,
         }

@@ -59,11 +59,20 @@ cdef extern from "engine.h" namespace "ai4all" nogil:
         uint64_t prefix_cache_bytes
         string draft_path
         uint32_t draft_tokens
+        vector[string] devices
+
+    cdef cppclass device_share:
+        string device
+        int32_t n_layers
+        uint64_t weights
+        uint64_t context
+        uint64_t compute
 
     cdef cppclass model_info:
         string path
         string description
         string device
+        vector[device_share] placement
         uint32_t n_ctx
         uint32_t n_ctx_train
         uint32_t n_batch
@@ -171,6 +180,7 @@ cdef extern from "engine.h" namespace "ai4all" nogil:
         string description
         string kind
         string backend
+        string id
         uint64_t memory_total
         uint64_t memory_free
 

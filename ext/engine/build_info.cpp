@@ -57,6 +57,7 @@ std::vector<device_info> get_devices() {
         device.name         = props.name ? props.name : "";
         device.description  = props.description ? props.description : "";
         device.backend      = ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev));
+        device.id           = props.device_id ? props.device_id : "";
         device.memory_total = props.memory_total;
         device.memory_free  = props.memory_free;
         switch (props.type) {

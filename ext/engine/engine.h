@@ -55,19 +55,31 @@ struct load_params {
     uint32_t    n_slots            = 1;
     int32_t     n_threads          = 1;
     int32_t     n_threads_batch    = 1;
-    int32_t     n_gpu_layers       = -1;  // -1: all
+    int32_t     n_gpu_layers       = -1;  // -1: all; 0: nothing is computed on a GPU
     int32_t     flash_attention    = -1;  // -1 auto, 0 off, 1 on
     std::string kv_type            = "f16";
     bool        use_mmap           = true;
     uint64_t    prefix_cache_bytes = 256ull << 20;  // for computed prompts that lost their slot
     std::string draft_path;                         // a smaller model that drafts; empty: none
     uint32_t    draft_tokens = 0;                   // in each of its drafts; 0: as many as pay
+    // GPUs that may hold layers, by name; "CPU" alone: none; empty: all that there are.
+    std::vector<std::string> devices;
+};
+
+// What one device holds of a loaded model, in bytes as they were allocated.
+struct device_share {
+    std::string device;
+    int32_t     n_layers = 0;
+    uint64_t    weights  = 0;
+    uint64_t    context  = 0;  // caches
+    uint64_t    compute  = 0;  // buffers of the graphs
 };
 
 struct model_info {
     std::string                                      path;
     std::string                                      description;
-    std::string                                      device;
+    std::string                                      device;     // those that hold layers, such as "CUDA0+CPU"
+    std::vector<device_share>                        placement;  // the CPU last
     uint32_t                                         n_ctx             = 0;  // of one sequence
     uint32_t                                         n_ctx_train       = 0;
     uint32_t                                         n_batch           = 0;
@@ -188,6 +200,7 @@ struct device_info {
     std::string description;
     std::string kind;              // cpu, gpu, igpu, accel
     std::string backend;           // CPU, CUDA, ROCm, Vulkan, Metal
+    std::string id;                // where it sits (a PCI address); empty where the driver does not say
     uint64_t    memory_total = 0;  // bytes
     uint64_t    memory_free  = 0;
 };

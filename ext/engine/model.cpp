@@ -11,6 +11,7 @@
 #include "ggml-cpu.h"
 #include "log_sink.h"
 #include "lookup.h"
+#include "placement.h"
 #include "text.h"
 
 namespace ai4all {
@@ -61,7 +62,12 @@ loaded_model::loaded_model(const load_params & params, const std::function<bool(
         return !given_up;
     };
 
+    // Without layers of its own, a GPU would still be given long prompts: not what "0 layers" says.
+    const bool                      all_gpus = params.devices.empty() && params.n_gpu_layers != 0;
+    std::vector<ggml_backend_dev_t> devices  = params.n_gpu_layers ? devices_of(params) : devices_of({});
+
     llama_model_params mparams          = llama_model_default_params();
+    mparams.devices                     = all_gpus ? nullptr : devices.data();
     mparams.n_gpu_layers                = params.n_gpu_layers;
     mparams.load_mode                   = params.use_mmap ? LLAMA_LOAD_MODE_AUTO : LLAMA_LOAD_MODE_NONE;
     mparams.progress_callback           = call_progress;
@@ -77,7 +83,9 @@ loaded_model::loaded_model(const load_params & params, const std::function<bool(
         throw engine_error(errc::cancelled, "the load was cancelled");
     }
     if (!model_) {
-        throw engine_error(errc::load_failed, without_path(with_log("the model could not be loaded"), params.path));
+        const std::string what   = without_path(with_log("the model could not be loaded"), params.path);
+        const bool        memory = what.find("unable to allocate") != std::string::npos;
+        throw engine_error(memory ? errc::out_of_memory : errc::load_failed, what);
     }
     if (llama_model_has_encoder(model_.get()) && llama_model_has_decoder(model_.get())) {
         throw engine_error(errc::load_failed, "encoder-decoder models are not supported");
@@ -299,15 +307,9 @@ void loaded_model::describe(const load_params & params) {
     info_.size_bytes        = llama_model_size(model_.get());
     info_.has_chat_template = llama_model_chat_template(model_.get(), nullptr) != nullptr;
 
-    info_.device = "CPU";
-    if (params.n_gpu_layers != 0) {
-        for (const device_info & device : get_devices()) {
-            if (device.kind == "gpu" || device.kind == "igpu") {
-                info_.device = device.name;
-                break;
-            }
-        }
-    }
+    // Read from what was allocated: what was asked for is not always what came of it.
+    info_.placement = placement_of(model_.get(), ctx_.get());
+    info_.device    = placement_name(info_.placement);
 
     const int32_t count = llama_model_meta_count(model_.get());
     for (int32_t i = 0; i < count; ++i) {
