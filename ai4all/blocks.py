@@ -14,11 +14,13 @@ from typing import Final, Protocol
 
 import structlog
 
-from ai4all.backend.base import EngineOptions, InferenceBackend, LoadedModel
+from ai4all.backend.base import Completion, EngineOptions, InferenceBackend, LoadedModel
+from ai4all.benchmark.speed_watch import SpeedBaseline
 from ai4all.clock import SYSTEM_CLOCK, Clock
 from ai4all.errors import (
     ComputeError,
     DeadlineExceeded,
+    DeviceUnavailable,
     EngineCrashed,
     EngineError,
     EngineHung,
@@ -26,12 +28,14 @@ from ai4all.errors import (
     LoadFailed,
     ModelChecksumMismatch,
     ModelError,
+    OutOfMemory,
 )
 from ai4all.models.memory import load_model
 from ai4all.protocol.messages import Assignment
 from ai4all.tasks import Computed, Job, compute, parse_input
 from ai4all.types.model import ModelFile
 from ai4all.types.task import BlockMetrics, TaskResult
+from ai4all.worker_health import WorkerHealth
 
 __all__ = ["Block", "ModelGate", "ModelSource", "Slots", "as_compute_error", "run_block"]
 
@@ -206,13 +210,21 @@ class ModelGate:
     Args:
         backend: What holds the model.
         options_for: How to run a model; may read a file. May be set anew: see ``renew``.
+        health: What says whether a model may run where it would. May be set anew, too.
+        baseline_for: What to compare the speed of a loaded model with; may read a file.
     """
 
     def __init__(
-        self, backend: InferenceBackend, options_for: Callable[[ModelFile], EngineOptions]
+        self,
+        backend: InferenceBackend,
+        options_for: Callable[[ModelFile], EngineOptions],
+        health: WorkerHealth,
+        baseline_for: Callable[[LoadedModel], SpeedBaseline | None] | None = None,
     ) -> None:
         self._backend = backend
         self.options_for = options_for
+        self.health = health
+        self._baseline_for = baseline_for
         self._turn = asyncio.Lock()
         self._users = 0
         self._idle = asyncio.Event()
@@ -226,6 +238,7 @@ class ModelGate:
 
         Raises:
             LoadFailed: The file could not be loaded.
+            DeviceUnavailable: It would not run on the device that was promised.
             OutOfMemory: It does not fit.
         """
         async with self._turn:
@@ -254,6 +267,8 @@ class ModelGate:
             await asyncio.wait({self._loading})
         loaded = self._backend.loaded
         if loaded is not None and loaded.file.sha256 == model.sha256 and not self._is_stale:
+            # After a restart of the engine it may run elsewhere.
+            self.health.confirm(loaded)
             return 0.0
         await self._idle.wait()
         self._is_stale = False
@@ -264,7 +279,19 @@ class ModelGate:
 
     async def _load(self, model: ModelFile) -> LoadedModel:
         options = await asyncio.to_thread(self.options_for, model)
-        return await load_model(self._backend, model, options)
+        try:
+            loaded = await load_model(self._backend, model, options, approve=self.health.approve)
+        except (LoadFailed, OutOfMemory) as error:
+            self.health.could_not_load(model, error)
+            raise
+        try:
+            self.health.confirm(loaded)
+        except DeviceUnavailable:
+            await self._backend.unload()
+            raise
+        if self._baseline_for is not None:
+            self.health.expect(await asyncio.to_thread(self._baseline_for, loaded))
+        return loaded
 
     def _loaded(self, task: asyncio.Task[LoadedModel]) -> None:
         self._loading = None
@@ -279,6 +306,7 @@ async def run_block(
     gate: ModelGate,
     slots: Slots,
     on_text: Callable[[str, int], None],
+    on_completion: Callable[[Completion], None] | None = None,
 ) -> TaskResult:
     """Compute a block. Whatever goes wrong becomes a failed result.
 
@@ -289,13 +317,14 @@ async def run_block(
         gate: Lets it have the model.
         slots: One for each block that may be computed at once.
         on_text: Called with text that became certain and the count of tokens so far.
+        on_completion: Called with each generation that ended well.
 
     Raises:
         asyncio.CancelledError: The task was cancelled by other means than ``Block.stop``.
     """
     block.is_computing = True
     try:
-        return await _attempt(block, backend, models, gate, slots, on_text)
+        return await _attempt(block, backend, models, gate, slots, on_text, on_completion)
     except asyncio.CancelledError:
         if block.stopped_by is None:
             raise
@@ -316,13 +345,14 @@ async def _attempt(
     gate: ModelGate,
     slots: Slots,
     on_text: Callable[[str, int], None],
+    on_completion: Callable[[Completion], None] | None,
 ) -> TaskResult:
     assignment = block.assignment
     remaining = block.remaining
     if remaining is not None and remaining <= 0.0:
         raise DeadlineExceeded("the deadline had passed when the block arrived")
     parsed = parse_input(assignment.task_type, assignment.input)
-    job = Job(assignment.task_type, parsed, backend, block.deadline, on_text)
+    job = Job(assignment.task_type, parsed, backend, block.deadline, on_text, on_completion)
     async with AsyncExitStack() as held:
         try:
             async with asyncio.timeout(remaining):

@@ -63,6 +63,18 @@ InProcessOption = Annotated[
 ]
 
 
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device", metavar="NAME|cpu|auto", help="What computes: a device, a backend, cpu or auto."
+    ),
+]
+GpuLayersOption = Annotated[
+    str | None,
+    typer.Option("--gpu-layers", metavar="auto|N", help="Layers to offload; auto: what fits."),
+]
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         from ai4all.commands.environment import version_line
@@ -99,6 +111,8 @@ def worker(
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
     model: ModelOption = None,
+    device: DeviceOption = None,
+    gpu_layers: GpuLayersOption = None,
     in_process: InProcessOption = False,
 ) -> None:
     """Compute blocks for a coordinator until told to stop.
@@ -107,7 +121,16 @@ def worker(
     """
     from ai4all.commands.worker import run_worker
 
-    run_worker(context.obj, config, data_dir, coordinator, model, in_process=in_process)
+    run_worker(
+        context.obj,
+        config,
+        data_dir,
+        coordinator,
+        model,
+        device=device,
+        gpu_layers=gpu_layers,
+        in_process=in_process,
+    )
 
 
 @app.command()
@@ -117,13 +140,25 @@ def demo(
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
     model: ModelOption = None,
+    device: DeviceOption = None,
+    gpu_layers: GpuLayersOption = None,
     in_process: InProcessOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Set this machine up, and compute a few tasks for a coordinator of its own."""
     from ai4all.commands.demo import run_demo
 
-    run_demo(context.obj, config, data_dir, tasks, model, as_json=as_json, in_process=in_process)
+    run_demo(
+        context.obj,
+        config,
+        data_dir,
+        tasks,
+        model,
+        device=device,
+        gpu_layers=gpu_layers,
+        as_json=as_json,
+        in_process=in_process,
+    )
 
 
 @app.command()
@@ -172,12 +207,23 @@ def benchmark(
     tune: Annotated[
         bool, typer.Option("--tune", help="Search for the fastest way to run the model again.")
     ] = False,
+    device: DeviceOption = None,
+    gpu_layers: GpuLayersOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure this machine and compare with the run before."""
     from ai4all.commands.benchmark import run_benchmark
 
-    run_benchmark(context.obj, config, data_dir, model, tune_again=tune, as_json=as_json)
+    run_benchmark(
+        context.obj,
+        config,
+        data_dir,
+        model,
+        tune_again=tune,
+        device=device,
+        gpu_layers=gpu_layers,
+        as_json=as_json,
+    )
 
 
 @app.command()
@@ -215,6 +261,8 @@ def generate(
     context_length: Annotated[
         int | None, typer.Option("--context-length", min=0, help="Tokens; 0: the model's own.")
     ] = None,
+    device: DeviceOption = None,
+    gpu_layers: GpuLayersOption = None,
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
@@ -229,6 +277,8 @@ def generate(
         model,
         threads=threads,
         context_length=context_length,
+        device=device,
+        gpu_layers=gpu_layers,
         as_json=as_json,
         prompt=prompt,
         system_prompt=system_prompt,

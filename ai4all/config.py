@@ -7,6 +7,7 @@ settings is made from the models below; there is no second list of keys.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -61,9 +62,12 @@ __all__ = [
 
 _FLAGS = {
     "coordinator.url": "--coordinator",
+    "engine.device": "--device",
+    "engine.gpu_layers": "--gpu-layers",
     "isolation.in_process": "--in-process",
     "worker.model": "--model",
 }
+_MOST_LAYERS = 10_000
 _SECRETS = frozenset({"coordinator.token"})
 _TOKEN_PLACES = "set coordinator.token_file, or the variable AI4ALL_COORDINATOR_TOKEN"
 
@@ -101,7 +105,15 @@ def _pin(text: str) -> str:
     return format_pin(parse_pin(text))
 
 
+def _layers(value: object) -> object:
+    with contextlib.suppress(TypeError, ValueError):
+        if value == "auto" or (0 <= int(str(value)) <= _MOST_LAYERS):
+            return "auto" if value == "auto" else int(str(value))
+    raise ValueError(f"must be auto, or a whole number from 0 to {_MOST_LAYERS}")
+
+
 _Int = Annotated[int, BeforeValidator(_no_boolean)]
+_Layers = Annotated[int | Literal["auto"], BeforeValidator(_layers)]
 _Float = Annotated[float, BeforeValidator(_no_boolean)]
 _Path = Annotated[Path, BeforeValidator(_expand)]
 _Texts = Annotated[tuple[str, ...], BeforeValidator(_from_commas)]
@@ -200,8 +212,12 @@ class EngineSettings(_Section):
     """Tokens in one logical batch."""
     ubatch: _Int = Field(0, ge=0, le=65_536)
     """Tokens in one physical batch; 0 is what was measured to be best, else 512."""
-    gpu_layers: _Int = Field(-1, ge=-1, le=10_000)
-    """Layers to offload; -1 is all that build and machine can."""
+    device: str = Field("auto", min_length=1, max_length=256)
+    """What computes: auto, cpu, a backend (cuda, rocm, vulkan, metal), or devices by name."""
+    gpu_layers: _Layers = "auto"
+    """Layers to offload, the output counting as one; auto is as many as fit."""
+    allow_cpu_fallback: bool = False
+    """Compute on the CPU, and say so, where the device is not to be had or has gone."""
     flash_attention: Literal["auto", "on", "off"] = "auto"
     """Flash attention; auto is what was measured to be best, else the engine's choice."""
     kv_type: Literal["f16", "f32", "bf16", "q8_0", "q4_0"] = "f16"
@@ -356,6 +372,8 @@ class Settings(BaseSettings):
             self._ENGINE_FIELDS.get(name, name): value
             for name, value in self.engine.model_dump(exclude={"draft_model"}).items()
         }
+        if values["gpu_layers"] == "auto":
+            values["gpu_layers"] = -1
         return EngineOptions(n_slots=self.worker.max_concurrent_tasks, **values)
 
 
@@ -581,6 +599,8 @@ def _limits(field: FieldInfo) -> str:
     high = next((m.le for m in field.metadata if getattr(m, "le", None) is not None), None)
     if low is not None and high is not None:
         return f"{low} to {high}"
+    if field.annotation == int | Literal["auto"]:
+        return f"auto, or 0 to {_MOST_LAYERS}"
     if get_origin(field.annotation) is Literal:
         return ", ".join(map(str, get_args(field.annotation)))
     return ""

@@ -17,6 +17,7 @@
     │   ├── EngineCrashed                   engine_crashed
     │   ├── EngineHung (TimeoutError)       engine_hung
     │   ├── LoadFailed                      load_failed
+    │   │   └── DeviceUnavailable           the device asked for, or promised, is not there
     │   ├── Cancelled                       cancelled
     │   ├── Preempted                       preempted
     │   ├── ShuttingDown                    shutting_down
@@ -54,6 +55,7 @@ __all__ = [
     "DataDirectoryError",
     "DataDirectoryInUse",
     "DeadlineExceeded",
+    "DeviceUnavailable",
     "EngineBusy",
     "EngineClosed",
     "EngineCrashed",
@@ -202,6 +204,10 @@ class LoadFailed(ComputeError):
 
     code = ErrorCode.LOAD_FAILED
     retryable = True
+
+
+class DeviceUnavailable(LoadFailed):
+    """The device that the owner asked for, or that the coordinator was promised, is not there."""
 
 
 class Cancelled(ComputeError):

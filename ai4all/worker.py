@@ -11,13 +11,15 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Coroutine
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
 import structlog
 
-from ai4all.backend.base import EngineOptions, InferenceBackend
+from ai4all.backend.base import Completion, EngineOptions, InferenceBackend, LoadedModel
+from ai4all.backend.devices import CPU
+from ai4all.benchmark.speed_watch import LoadMeter, SpeedBaseline
 from ai4all.blocks import Block, ModelGate, ModelSource, Slots, as_compute_error, run_block
 from ai4all.clock import SYSTEM_CLOCK, Clock
 from ai4all.delivery.spool import ResultSpool
@@ -58,13 +60,12 @@ from ai4all.protocol.messages import (
     Envelope,
     ErrorDetail,
     ErrorStatus,
-    ResourceUsage,
     WorkerCapabilities,
     WorkerStatus,
     working,
 )
 from ai4all.protocol.session import Session, SessionOptions
-from ai4all.self_description import describe_worker
+from ai4all.self_description import describe_usage, describe_worker, device_in_use
 from ai4all.suspend import SuspendWatch
 from ai4all.types.model import ModelFile
 from ai4all.types.task import TaskResult
@@ -78,6 +79,8 @@ from ai4all.worker_events import (
     LinkUp,
     WorkerEvent,
 )
+from ai4all.worker_health import WorkerHealth
+from ai4all.worker_recovery import DeviceRecovery
 
 __all__ = [
     "BlockAcknowledged",
@@ -121,6 +124,9 @@ class WorkerOptions:
         max_concurrent_tasks: Blocks computed at once.
         engine: How to run models.
         engine_for: How to run a certain one; by default as ``engine`` says. May read a file.
+        score_for: The composite score on a device; by default ``benchmark_score``. May read a file.
+        baseline_for: What to compare the speed of a loaded model with. May read a file.
+        health: What was promised; by default, what the backend has when the worker is made.
         preload: A model to load before the first block asks for it.
         stop_grace: Seconds that running blocks have after ``stop``.
         progress_interval: Least seconds between two ``Progress`` frames of a block.
@@ -132,6 +138,9 @@ class WorkerOptions:
     max_concurrent_tasks: int = 1
     engine: EngineOptions = field(default_factory=EngineOptions)
     engine_for: Callable[[ModelFile], EngineOptions] | None = None
+    score_for: Callable[[str], float | None] | None = None
+    baseline_for: Callable[[LoadedModel], SpeedBaseline | None] | None = None
+    health: WorkerHealth | None = None
     preload: ModelFile | None = None
     stop_grace: float = 20.0
     progress_interval: float = 0.1
@@ -174,6 +183,7 @@ class Worker:
 
         Raises:
             ConfigError: The coordinator's address cannot or should not be used.
+            DeviceUnavailable: The device that the owner named is not to be had.
         """
         self._backend = backend
         self._models = models
@@ -183,15 +193,23 @@ class Worker:
         self._observe = observer or (lambda event: None)
         self._blocks: dict[str, Block] = {}
         self._slots = Slots(options.max_concurrent_tasks)
-        self._gate = ModelGate(backend, _options_for(options))
+        self._health = options.health or WorkerHealth(
+            backend.capabilities(), options.engine, clock=clock
+        )
+        self._gate = ModelGate(backend, _options_for(options), self._health, options.baseline_for)
+        self._recovery = DeviceRecovery(
+            backend, self._health, self._gate, options.preload, self._on_recovery, clock
+        )
+        self._load_meter = LoadMeter(backend.cpu_seconds)
         self._background: set[asyncio.Task[None]] = set()
         self._session = Session(
             options.worker_id,
             self._describe(),
-            options.benchmark_score,
+            self._score(),
             envelope=lambda: new_envelope(clock),
             options=options.session,
         )
+        self._session.degraded = self._health.degraded
         max_frame = min(link.max_size, options.session.limits.max_bytes)
         self._delivery = Delivery(spool, self._session, max_frame, self._go_on)
         self._connection = Connection(
@@ -210,9 +228,15 @@ class Worker:
             self._backend,
             self._models,
             self._options.engine,
-            benchmark_score=self._options.benchmark_score,
+            self._health,
+            benchmark_score=self._score(),
             max_concurrent_tasks=self._options.max_concurrent_tasks,
         )
+
+    def _score(self) -> float | None:
+        if self._options.score_for is None:
+            return self._options.benchmark_score
+        return self._options.score_for(device_in_use(self._backend, self._health))
 
     # Life.
 
@@ -260,14 +284,21 @@ class Worker:
 
         Raises:
             ConfigError: The coordinator's address cannot or should not be used.
+            DeviceUnavailable: The device that the owner names now is not to be had.
         """
         self._connection.reconfigure(link)
         if options.engine != self._options.engine:
             self._gate.renew()
+            self._health = options.health or WorkerHealth(
+                self._backend.capabilities(), options.engine, clock=self._clock
+            )
+            self._gate.health = self._recovery.health = self._health
         self._gate.options_for = _options_for(options)
         self._slots.resize(options.max_concurrent_tasks)
         self._options = options
+        self._look_at_health()
         self._session.capabilities = self._describe()
+        self._session.benchmark_score = self._score()
         self._go_on()
 
     @property
@@ -327,6 +358,7 @@ class Worker:
         await self._settle({link, *tasks})
         if link.done() and not link.cancelled():
             link.exception()  # Taken: whoever wanted it has it by now.
+        await self._recovery.close()
         await self._until(self._gate.close(), self._left())
         # Results that are acknowledged are forgotten before the spool is closed.
         await self._settle({*self._background, asyncio.ensure_future(self._delivery.close())})
@@ -371,7 +403,9 @@ class Worker:
                 self._clock_is_compared = False
                 self._observe(LinkUp(session_id))
             case SessionEnded(code, reason):
+                self._look_at_health()
                 self._session.capabilities = self._describe()
+                self._session.benchmark_score = self._score()
                 if self._is_up:
                     self._is_up = False
                     self._observe(LinkDown(reason or f"close code {code}"))
@@ -397,6 +431,9 @@ class Worker:
         for block in list(self._blocks.values()):
             block.machine_slept(seconds)
         self._connection.machine_slept()
+        if self._health.promised != CPU:
+            # Drivers do not always survive a sleep; asked now, no block finds it out.
+            self._spawn(self._ask_for_devices())
 
     def _on_acknowledged(self, block_id: str, accepted: bool, error: str | None) -> None:
         if accepted:
@@ -414,14 +451,22 @@ class Worker:
             self._all_acknowledged.clear()
 
     def _on_heartbeat_due(self) -> None:
+        self._look_at_health()
+        if not self._blocks:
+            self._recovery.look_when_due()
         if not self._session.is_registered:
             return
-        usage = self._backend.resource_usage()
-        self._session.send_heartbeat(self._status(), ResourceUsage(**asdict(usage)))
+        self._session.send_heartbeat(self._status(), describe_usage(self._backend.resource_usage()))
+
+    def _look_at_health(self) -> None:
+        self._health.look(self._backend.capabilities(), self._backend.loaded)
+        self._session.degraded = self._health.degraded
 
     def _status(self) -> WorkerStatus:
         if self._delivery.problem is not None:
             return ErrorStatus(Error=ErrorDetail(message=self._delivery.problem))
+        if self._health.is_refusing and not self._blocks:
+            return ErrorStatus(Error=ErrorDetail(message=f"degraded: {self._health.degraded}"))
         # The first protocol can name one block; the oldest is the one most asked for.
         for block in self._blocks.values():
             return working(block.block_id, block.progress)
@@ -434,10 +479,22 @@ class Worker:
         while (
             not self._stopping.is_set()
             and self._delivery.problem is None
+            and not self._health.is_refusing
             and session.may_request_work
             and session.outstanding_requests < free
         ):
             session.send_request_work(self._connection.now())
+
+    async def _ask_for_devices(self) -> None:
+        try:
+            await self._backend.devices()
+        except Ai4allError as exc:
+            _log.warning("devices_not_told", error=str(exc))
+        self._look_at_health()
+
+    def _on_recovery(self) -> None:
+        self._look_at_health()
+        self._go_on()
 
     def _go_on(self) -> None:
         self._ask()
@@ -452,6 +509,8 @@ class Worker:
             refusal: ComputeError = ShuttingDown("the worker is stopping")
         elif self._delivery.problem is not None:
             refusal = Preempted(f"results cannot be kept here: {self._delivery.problem}")
+        elif self._health.is_refusing:
+            refusal = self._health.refusal()
         elif len(self._blocks) >= 2 * self._options.max_concurrent_tasks:
             # One block a slot may wait: a request that was asked twice is answered twice.
             refusal = Preempted("all slots are taken, and as many blocks wait")
@@ -472,6 +531,15 @@ class Worker:
         )
         self._observe(BlockStarted(block.block_id, assignment.task_type.value, assignment.model_id))
         stream = _ProgressStream(self._options.progress_interval, self._clock)
+        begun = self._load_meter.mark() if self._health.is_watching else None
+
+        def on_completion(completion: Completion) -> None:
+            # What a GPU computes alone does not wait for the processor.
+            ran = completion.fingerprint
+            waits = CPU in ran.device.split("+")
+            if begun is None or (waits and not self._load_meter.is_quiet_since(begun, ran.threads)):
+                return
+            self._health.saw(completion)
 
         def on_text(text: str, completion_tokens: int) -> None:
             self._observe(BlockText(block.block_id, text))
@@ -484,7 +552,7 @@ class Worker:
 
         try:
             result = await run_block(
-                block, self._backend, self._models, self._gate, self._slots, on_text
+                block, self._backend, self._models, self._gate, self._slots, on_text, on_completion
             )
             await self._answer(block.block_id, result, begun=block.started_at is not None)
         except Exception as exc:  # noqa: BLE001 - a result that cannot be sent is one more fault.

@@ -55,7 +55,7 @@ def test_a_flag_wins_over_a_variable_over_the_file_over_the_default(tmp_path: Pa
     environ = {"AI4ALL_ENGINE_THREADS": "2", "AI4ALL_ENGINE_BATCH": "22"}
     settings = load_settings(path, {"engine.threads": 3, "coordinator.url": None}, environ=environ)
     engine = settings.engine
-    assert (engine.threads, engine.batch, engine.ubatch, engine.gpu_layers) == (3, 22, 12, -1)
+    assert (engine.threads, engine.batch, engine.ubatch, engine.gpu_layers) == (3, 22, 12, "auto")
     assert settings.coordinator.url == "ws://file"
     assert settings.origin("engine.threads") == "flag --engine-threads"
     assert settings.origin("engine.batch") == "variable AI4ALL_ENGINE_BATCH"
@@ -302,3 +302,16 @@ def test_the_token(tmp_path: Path) -> None:
             token(AI4ALL_COORDINATOR_TOKEN_FILE=str(file))
     with pytest.raises(ConfigError, match="cannot be read"):
         token(AI4ALL_COORDINATOR_TOKEN_FILE=str(tmp_path / "absent"))
+
+
+def test_layers_are_a_number_or_auto(tmp_path: Path) -> None:
+    def layers(text: str) -> int:
+        return from_toml(tmp_path, f"[engine]\ngpu_layers = {text}").engine_options().gpu_layers
+
+    # For the engine, auto is the number that cannot be one.
+    assert (layers('"auto"'), layers("0"), layers("12"), layers('"12"')) == (-1, 0, 12, 12)
+    for text in ("-1", "1.5", '"all"', "true", "10001"):
+        with pytest.raises(ConfigError, match="must be auto, or a whole number from 0 to 10000"):
+            layers(text)
+    assert '# gpu_layers = "auto"' in default_toml()
+    assert "(auto, or 0 to 10000)" in default_toml()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import abc
+import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ai4all.errors import UnsupportedTask
-from ai4all.types.model import DeviceInfo, ModelFile
+from ai4all.types.model import DeviceInfo, DeviceShare, ModelFile
 from ai4all.types.task import Fingerprint, FinishReason, Usage
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ __all__ = [
     "EngineOptions",
     "GenerateRequest",
     "GenerationEvent",
+    "GpuFigures",
     "InferenceBackend",
     "LabelScores",
     "LoadedModel",
@@ -46,7 +48,11 @@ class EngineOptions:
         n_slots: Sequences that can run at once.
         threads: Threads for decoding. 0: one for each physical core.
         threads_batch: Threads for prompts. 0: as ``threads``.
-        gpu_layers: Layers to offload. -1: all that the build and machine can.
+        device: What shall compute: "auto", "cpu", the name of a backend ("cuda", "vulkan", ...)
+            or names of devices with commas between ("CUDA0,CUDA1").
+        gpu_layers: Layers to offload, the output counting as one. -1: as many as fit; a backend
+            that is not told more takes all.
+        allow_cpu_fallback: Compute on the CPU where ``device`` is not to be had.
         flash_attention: "auto", "on" or "off".
         kv_type: Type of the KV cache: "f16", "f32", "q8_0", "q4_0", "bf16".
         use_mmap: Map the file instead of reading it.
@@ -62,7 +68,9 @@ class EngineOptions:
     n_slots: int = 1
     threads: int = 0
     threads_batch: int = 0
+    device: str = "auto"
     gpu_layers: int = -1
+    allow_cpu_fallback: bool = False
     flash_attention: str = "auto"
     kv_type: str = "f16"
     use_mmap: bool = True
@@ -83,11 +91,12 @@ class LoadedModel:
         n_ctx_train: Context the model was trained with.
         n_params: Number of parameters.
         load_ms: Time the load took.
-        device: Name of the device that holds the layers ("CPU", "CUDA0", ...).
+        device: The devices that really hold its layers ("CPU", "CUDA0", "CUDA0+CPU", ...).
         threads: Threads that decode.
         has_chat_template: Whether the file brings a chat template.
         metadata: The file's GGUF key-value pairs, as text.
         draft: The file of the draft model that was loaded with it, or None.
+        placement: What each device really holds, the CPU last.
     """
 
     file: ModelFile
@@ -101,6 +110,7 @@ class LoadedModel:
     has_chat_template: bool
     metadata: dict[str, str] = field(default_factory=dict)
     draft: ModelFile | None = None
+    placement: tuple[DeviceShare, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,10 +298,26 @@ GenerationEvent = PromptProgress | TokenEvent | Completion
 
 
 @dataclass(frozen=True, slots=True)
+class GpuFigures:
+    """What a GPU does now, whoever uses it. What its driver does not tell is None.
+
+    ``percent`` is the share of time that it is busy, 0..100; memory is in MiB.
+    """
+
+    name: str
+    percent: float | None = None
+    memory_used_mb: int | None = None
+    memory_mb: int | None = None
+    temperature_c: float | None = None
+    power_w: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ResourceUsage:
     """What the process and its devices use now, in the units of the heartbeat.
 
     ``cpu_percent`` is the share of the whole machine, 0..100. ``memory_mb`` is resident memory.
+    ``gpu_percent`` is the mean of the GPUs in use, ``gpu_memory_mb`` their sum; ``gpus`` has each.
     """
 
     cpu_percent: float
@@ -299,6 +325,7 @@ class ResourceUsage:
     gpu_percent: float | None
     gpu_memory_mb: int | None
     active_threads: int
+    gpus: tuple[GpuFigures, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,6 +417,25 @@ class InferenceBackend(abc.ABC):
     @abc.abstractmethod
     def capabilities(self) -> Capabilities:
         """What this backend can do on this machine; after ``open``."""
+
+    async def devices(self) -> tuple[DeviceInfo, ...]:
+        """The devices as they are now, with the memory that is free on them."""
+        return self.capabilities().devices
+
+    async def look_again(self) -> bool:
+        """Look for devices that have come since; nothing may be computed meanwhile.
+
+        Drivers are asked once in the life of a process, so this is for backends that can have
+        another one.
+
+        Returns:
+            Whether there was another look; ``capabilities`` has what came of it.
+        """
+        return False
+
+    def cpu_seconds(self) -> float:
+        """Processor time that this backend and its process have used."""
+        return time.process_time()
 
     def pulse(self) -> int:
         """A count that moves only while something is really being computed.

@@ -36,6 +36,7 @@ from ai4all.errors import (
     COMPUTE_ERRORS,
     Ai4allError,
     ComputeError,
+    DeviceUnavailable,
     EngineBusy,
     EngineClosed,
     EngineCrashed,
@@ -43,13 +44,14 @@ from ai4all.errors import (
     EngineUnavailable,
     ModelNotFound,
 )
-from ai4all.types.model import ModelFile
+from ai4all.types.model import DeviceInfo, ModelFile
 from ai4all.types.task import Fingerprint
 
 __all__ = [
     "CAPABILITIES",
     "COMPLETION",
     "Channel",
+    "DEVICES",
     "EMBED_REQUEST",
     "ENGINE_OPTIONS",
     "GENERATE_REQUEST",
@@ -72,6 +74,7 @@ _LENGTH = struct.Struct("!I")
 
 CAPABILITIES = TypeAdapter(Capabilities)
 COMPLETION = TypeAdapter(Completion)
+DEVICES = TypeAdapter(tuple[DeviceInfo, ...])
 EMBED_REQUEST = TypeAdapter(EmbedRequest)
 ENGINE_OPTIONS = TypeAdapter(EngineOptions)
 GENERATE_REQUEST = TypeAdapter(GenerateRequest)
@@ -89,6 +92,7 @@ _ERRORS: Final[dict[str, type[Ai4allError]]] = {
     kind.__name__: kind
     for kind in (
         *(kind for kind in COMPUTE_ERRORS.values() if kind is not ModelNotFound),
+        DeviceUnavailable,
         EngineBusy,
         EngineClosed,
         EngineError,

@@ -31,6 +31,7 @@ from ai4all.backend.base import (
     Timings,
     TokenEvent,
 )
+from ai4all.backend.devices import backend_of, choose_devices, device_label
 from ai4all.backend.fake_meaning import word_likelihood, word_vectors
 from ai4all.backend.fake_script import (
     Script,
@@ -53,6 +54,8 @@ from ai4all.types.task import Fingerprint, FinishReason, Usage
 __all__ = ["FakeBackend", "FakeCalls", "ScriptedGeneration"]
 
 
+_CPU = DeviceInfo("CPU", "cpu", "scripted device", 8192, 4096)
+
 # A long answer without delays must still let the loop's other tasks run now and then.
 _TOKENS_BETWEEN_YIELDS = 16
 
@@ -71,6 +74,7 @@ class FakeCalls:
     failed: int = 0
     cancelled: int = 0
     closes: int = 0
+    looks: int = 0
     requests: list[GenerateRequest] = field(default_factory=list)
     embeddings: list[EmbedRequest] = field(default_factory=list)
     scores: list[ScoreRequest] = field(default_factory=list)
@@ -93,10 +97,13 @@ class FakeBackend(InferenceBackend):
         memory_mb: Figure for ``resource_usage``.
         threads: Figure for ``loaded`` and the fingerprint when the options leave it open.
         clock: What deadlines are measured on.
+        devices: What there is to compute on.
 
     Attributes:
         calls: What has been asked so far.
         active: Generations that hold a slot now.
+        device_list: As ``devices``. May be set anew: a driver goes, or comes back.
+        placed_on: Where loads really end up, whatever was asked for; None: there.
     """
 
     def __init__(
@@ -112,8 +119,11 @@ class FakeBackend(InferenceBackend):
         memory_mb: int = 256,
         threads: int = 1,
         clock: Clock = SYSTEM_CLOCK,
+        devices: Sequence[DeviceInfo] = (_CPU,),
     ) -> None:
         self.calls = FakeCalls()
+        self.device_list = tuple(devices)
+        self.placed_on: str | None = None
         self.active = 0
         self._script = ScriptedGeneration() if script is None else script
         self._score = _score_by_words if score is None else score
@@ -163,6 +173,8 @@ class FakeBackend(InferenceBackend):
             await self._pause(self._load_ms, None, 0)
             if self._load_error is not None:
                 raise self._load_error
+            gpus = [gpu.name for gpu in choose_devices(self.device_list, options.device).gpus]
+            gpus = gpus if options.gpu_layers else []
             self._options = options
             self._loaded = LoadedModel(
                 file=model,
@@ -171,7 +183,7 @@ class FakeBackend(InferenceBackend):
                 n_ctx_train=self._n_ctx,
                 n_params=0,
                 load_ms=self._load_ms,
-                device="CPU",
+                device=self.placed_on or device_label(gpus, whole=True),
                 threads=options.threads or self._threads,
                 has_chat_template=True,
                 draft=options.draft,
@@ -270,11 +282,20 @@ class FakeBackend(InferenceBackend):
         )
 
     def capabilities(self) -> Capabilities:
-        """One CPU that does not exist."""
-        device = DeviceInfo("CPU", "cpu", "scripted device", 8192, 4096)
+        """Devices that do not exist."""
+        first = self.device_list[0]
         return Capabilities(
-            backend="cpu", devices=(device,), engine_build="fake", vram_mb=None, build_info={}
+            backend=first.backend,
+            devices=self.device_list,
+            engine_build="fake",
+            vram_mb=first.memory_mb if first.is_gpu else None,
+            build_info={},
         )
+
+    async def look_again(self) -> bool:
+        """Whoever holds this backend sets ``device_list``; there is nothing else to look at."""
+        self.calls.looks += 1
+        return True
 
     async def close(self) -> None:
         """End every generation with ``EngineClosed``."""
@@ -482,7 +503,7 @@ class FakeBackend(InferenceBackend):
         return Fingerprint(
             model_sha256=model.file.sha256,
             engine_build="fake",
-            backend="cpu",
+            backend=backend_of(model.device),
             device=model.device,
             threads=model.threads,
             n_ctx=model.n_ctx,

@@ -33,6 +33,7 @@ from ai4all.backend.base import (
 from ai4all.backend.channel import (
     CAPABILITIES,
     COMPLETION,
+    DEVICES,
     EMBED_REQUEST,
     ENGINE_OPTIONS,
     GENERATE_REQUEST,
@@ -128,6 +129,8 @@ class EngineHost:
                 self._begin(number, self._embed(number, request))
             case ["score", int(number), request]:
                 self._begin(number, self._score(number, request))
+            case ["devices", int(number)]:
+                self._begin(number, self._devices(number))
             case ["close"]:
                 self._closing.set()
             case _:
@@ -173,6 +176,10 @@ class EngineHost:
     async def _unload(self, number: int) -> None:
         await self._serving.unload()
         self.say([number, "unloaded", None])
+
+    async def _devices(self, number: int) -> None:
+        devices = await self._serving.devices()
+        self.say([number, "devices", DEVICES.dump_python(devices, mode="json")])
 
     async def _generate(self, number: int, request: Any) -> None:
         stream = self._serving.generate(GENERATE_REQUEST.validate_python(request))

@@ -33,6 +33,7 @@ from ai4all.backend.base import (
 )
 from ai4all.backend.channel import (
     COMPLETION,
+    DEVICES,
     LABEL_SCORES,
     LOADED_MODEL,
     PROMPT_PROGRESS,
@@ -43,7 +44,9 @@ from ai4all.backend.channel import (
     shallow_dict,
 )
 from ai4all.backend.crash_records import CrashRecord, CrashRecords, now
+from ai4all.backend.devices import gpus_in
 from ai4all.backend.engine_process import HOST_COMMAND, Death, EngineProcess
+from ai4all.backend.gpu_monitor import GpuMonitor
 from ai4all.backend.quarantine import Quarantine, Subject
 from ai4all.backend.supervisor import Supervisor
 from ai4all.backend.watchdog import EngineState, Watchdog, WatchdogLimits
@@ -55,7 +58,7 @@ from ai4all.errors import (
     EngineHung,
     LoadFailed,
 )
-from ai4all.types.model import ModelFile
+from ai4all.types.model import DeviceInfo, ModelFile
 
 __all__ = ["IsolatedBackend"]
 
@@ -70,8 +73,9 @@ _ANSWERS: Final = {
     "generate": frozenset({"prompt", "token", "done", "error"}),
     "embed": frozenset({"done", "error"}),
     "score": frozenset({"done", "error"}),
+    "devices": frozenset({"devices", "error"}),
 }
-_LAST_ANSWERS: Final = frozenset({"loaded", "unloaded", "done", "error"})
+_LAST_ANSWERS: Final = frozenset({"loaded", "unloaded", "devices", "done", "error"})
 
 _RESULTS: Final[dict[str, Callable[[Any], Any]]] = {
     "generate": COMPLETION.validate_python,
@@ -177,6 +181,9 @@ class IsolatedBackend(InferenceBackend):
         self._own_figures.cpu_percent(None)
         self._engine_figures: psutil.Process | None = None
         self._cpu_count = psutil.cpu_count() or 1
+        self._monitor = GpuMonitor()
+        # The process that was sent away on purpose: its end is no death.
+        self._dismissed: EngineProcess | None = None
         self._closing: asyncio.Task[None] | None = None
 
     @property
@@ -298,13 +305,17 @@ class IsolatedBackend(InferenceBackend):
             # It may have died, and its burial is still to come.
             with contextlib.suppress(psutil.Error):
                 cpu += self._engine_figures.cpu_percent(None)
-        busy = bool(self._commands) and self._loaded is not None
+        loaded = self._loaded
+        in_use = gpus_in(loaded.device) if loaded is not None else ()
+        known = self._capabilities.devices if self._capabilities is not None else ()
+        gpus = self._monitor.figures(device for device in known if device.name in in_use)
         return ResourceUsage(
             cpu_percent=round(min(100.0, cpu / self._cpu_count), 1),
             memory_mb=self.memory_mb(),
-            gpu_percent=None,
-            gpu_memory_mb=None,
-            active_threads=self._loaded.threads if self._loaded is not None and busy else 0,
+            gpu_percent=gpus.percent,
+            gpu_memory_mb=gpus.memory_used_mb,
+            active_threads=loaded.threads if loaded is not None and self._commands else 0,
+            gpus=gpus.each,
         )
 
     def capabilities(self) -> Capabilities:
@@ -316,6 +327,44 @@ class IsolatedBackend(InferenceBackend):
         if self._capabilities is None:
             raise EngineError("the engine process has not been started")
         return self._capabilities
+
+    async def devices(self) -> tuple[DeviceInfo, ...]:
+        """The devices as the engine process sees them now.
+
+        Raises:
+            EngineCrashed: It died of the question, as of a driver that has gone.
+            EngineHung: The driver does not answer.
+        """
+        command = self._send("devices", await self._supervisor.serving())
+        try:
+            _, devices = await command.get()
+        finally:
+            self._release(command)
+        if self._capabilities is not None:
+            self._capabilities = replace(self._capabilities, devices=devices)
+        found: tuple[DeviceInfo, ...] = devices
+        return found
+
+    async def look_again(self) -> bool:
+        """Have another engine process, which asks the drivers anew; see ``InferenceBackend``."""
+        process = self._supervisor.in_service
+        if process is None or self._commands:
+            return False
+        self._dismissed = process
+        process.send(["close"])
+        await asyncio.wait({process.lost}, timeout=self.limits.close)
+        process.kill()
+        await self._supervisor.serving()
+        return True
+
+    def cpu_seconds(self) -> float:
+        """Processor time of this process and the engine's."""
+        seconds = time.process_time()
+        if self._engine_figures is not None:
+            with contextlib.suppress(psutil.Error):
+                used = self._engine_figures.cpu_times()
+                seconds += used.user + used.system
+        return seconds
 
     # The way of a command.
 
@@ -369,7 +418,8 @@ class IsolatedBackend(InferenceBackend):
         to_load: _ToLoad | None = None,
     ) -> _Command:
         self._last_number += 1
-        at_work = to_load or self._wanted
+        # A driver that dies of a question dies of no model.
+        at_work = None if name == "devices" else to_load or self._wanted
         culprit = at_work.subject if at_work is not None else None
         command = _Command(self._last_number, name, process, culprit, to_load)
         self._commands[command.number] = command
@@ -422,6 +472,8 @@ class IsolatedBackend(InferenceBackend):
                 fields = {**rest[0], "file": asked.model, "draft": asked.options.draft}
                 answer = self._loaded = LOADED_MODEL.validate_python(fields)
                 self._wanted, self._refusal = command.to_load, None
+            case "devices":
+                answer = DEVICES.validate_python(rest[0])
             case "done":
                 answer = _RESULTS[command.name](rest[0])
                 self._supervisor.did_work = True
@@ -497,6 +549,9 @@ class IsolatedBackend(InferenceBackend):
     async def _bury(self, process: EngineProcess, death: Death) -> None:
         """Record a death and tell everybody who waited."""
         self._engine_figures = None
+        if process is self._dismissed:
+            self._dismissed = None
+            return
         mourning = [command for command in self._commands.values() if command.process is process]
         state = self._state()
         culprit = next((c.culprit for c in mourning if c.culprit is not None), None)
@@ -569,6 +624,7 @@ class IsolatedBackend(InferenceBackend):
         for command in commands:
             command.fail(EngineClosed("the backend is closed"))
         self._wanted = self._loaded = None
+        self._monitor.close()
         await self._supervisor.close(self.limits.close)
         self._engine_figures = None
 

@@ -41,7 +41,10 @@ from ai4all.backend.base import (
     TokenEvent,
     TokenLogprob,
 )
-from ai4all.backend.cores import compute_threads
+from ai4all.backend.cores import cgroup_memory_available_mb, compute_threads
+from ai4all.backend.devices import TARGETS, backend_of, choose_devices, gpus_in
+from ai4all.backend.drivers import driver_of
+from ai4all.backend.gpu_monitor import GpuMonitor
 from ai4all.errors import (
     Ai4allError,
     BadRequest,
@@ -55,7 +58,7 @@ from ai4all.errors import (
     LoadFailed,
     OutOfMemory,
 )
-from ai4all.types.model import DeviceInfo, ModelFile
+from ai4all.types.model import DeviceInfo, DeviceShare, ModelFile
 from ai4all.types.task import Fingerprint, FinishReason, Usage
 
 __all__ = [
@@ -63,6 +66,7 @@ __all__ = [
     "NativeBackend",
     "engine_build_info",
     "engine_build_line",
+    "engine_capabilities",
     "engine_devices",
     "quantize_file",
 ]
@@ -85,14 +89,7 @@ NATIVE_ERRORS: dict[str, type[Ai4allError]] = {
 
 _FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
 _LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
-_BACKEND_NAMES = {
-    "CUDA": "cuda",
-    "HIP": "rocm",
-    "ROCm": "rocm",
-    "Vulkan": "vulkan",
-    "MTL": "metal",
-    "Metal": "metal",
-}
+_BACKEND_NAMES = {key: target.name for target in TARGETS for key in target.keys}
 # llama.cpp reads this seed as "draw one", which would make the reported seed a lie.
 _RESERVED_SEED = 0xFFFFFFFF
 _MIB = 1024 * 1024
@@ -111,9 +108,38 @@ def engine_build_info() -> dict[str, Any]:
     return _engine.build_info()
 
 
-def engine_devices() -> list[dict[str, Any]]:
-    """The compute devices the build can see; memory in bytes."""
-    return _engine.devices()
+def engine_devices() -> tuple[DeviceInfo, ...]:
+    """The compute devices the build can see, those that compute by default first.
+
+    Asks their drivers, which may take a moment.
+    """
+    found = [_device(device) for device in _engine.devices()]
+    return tuple(sorted(found, key=lambda device: not device.is_gpu))
+
+
+def _device(told: dict[str, Any]) -> DeviceInfo:
+    backend = _BACKEND_NAMES.get(told["backend"], told["backend"].lower())
+    free = told["memory_free"] // _MIB
+    if told["kind"] == "cpu":
+        # The engine names the whole memory as free.
+        limit = cgroup_memory_available_mb()
+        free = psutil.virtual_memory().available // _MIB
+        free = free if limit is None else min(free, limit)
+    return DeviceInfo(
+        name=told["name"],
+        kind=told["kind"],
+        description=told["description"],
+        memory_mb=told["memory_total"] // _MIB,
+        memory_free_mb=free,
+        backend=backend,
+        address=told["id"],
+        driver=driver_of(backend, told["id"]),
+    )
+
+
+def engine_capabilities() -> Capabilities:
+    """What the build and the machine can do. Asks the drivers."""
+    return _capabilities(engine_devices())
 
 
 def quantize_file(source: Path, target: Path, type_name: str, threads: int) -> None:
@@ -152,19 +178,15 @@ def engine_build_line() -> str:
     return f"llama.cpp {info['llama_commit'][:7]} {backend} {level.lower()}{variant}{ours}"
 
 
-def _devices() -> tuple[DeviceInfo, ...]:
-    found = [
-        DeviceInfo(
-            name=device["name"],
-            kind=device["kind"],
-            description=device["description"],
-            memory_mb=device["memory_total"] // _MIB,
-            memory_free_mb=device["memory_free"] // _MIB,
-        )
-        for device in _engine.devices()
-    ]
-    # What computes by default comes first: a GPU where there is one.
-    return tuple(sorted(found, key=lambda device: device.kind not in ("gpu", "igpu")))
+def _capabilities(devices: tuple[DeviceInfo, ...]) -> Capabilities:
+    first = devices[0]
+    return Capabilities(
+        backend=first.backend,
+        devices=devices,
+        engine_build=engine_build_line(),
+        vram_mb=first.memory_mb if first.is_gpu else None,
+        build_info=_engine.build_info(),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +248,8 @@ class NativeBackend(InferenceBackend):
         self._process.cpu_percent(None)
         self._cpu_count = psutil.cpu_count() or 1
         self._build_line = engine_build_line()
-        self._device_list = _devices()
+        self._device_list = engine_devices()
+        self._monitor = GpuMonitor()
 
     @property
     def name(self) -> str:
@@ -248,6 +271,13 @@ class NativeBackend(InferenceBackend):
     ) -> LoadedModel:
         """Load a model in place of the one held before; see ``InferenceBackend.load``."""
         threads = options.threads or compute_threads()
+        # Named one by one, so that a device that has gone is an error and not the CPU instead.
+        names = choose_devices(
+            self._device_list,
+            options.device,
+            build=_engine.build_info(),
+            allow_cpu_fallback=options.allow_cpu_fallback,
+        ).names
         self._running = None
         stream, command = self._submit(
             lambda: self._engine.load(
@@ -265,6 +295,7 @@ class NativeBackend(InferenceBackend):
                 prefix_cache_bytes=options.prefix_cache_mb * _MIB,
                 draft_path=os.fsencode(options.draft.path) if options.draft is not None else b"",
                 draft_tokens=options.draft_tokens,
+                devices=tuple(name.encode() for name in names),
             ),
             to_load=(model, options),
         )
@@ -404,6 +435,7 @@ class NativeBackend(InferenceBackend):
             return
         self._closed = True
         self._running = None
+        self._monitor.close()
         # Joining waits for what is being computed; not on the loop's thread.
         await asyncio.shield(asyncio.to_thread(self._engine.close))
         self._on_ready()
@@ -420,25 +452,25 @@ class NativeBackend(InferenceBackend):
         """What this process uses now; its share of the CPU is that since the last call."""
         cpu = self._process.cpu_percent(None) / self._cpu_count
         busy = any(not stream.ended for stream in self._streams.values())
+        in_use = gpus_in(self._running.loaded.device) if self._running is not None else ()
+        gpus = self._monitor.figures(each for each in self._device_list if each.name in in_use)
         return ResourceUsage(
             cpu_percent=round(min(100.0, cpu), 1),
             memory_mb=self.memory_mb(),
-            gpu_percent=None,
-            gpu_memory_mb=None,
+            gpu_percent=gpus.percent,
+            gpu_memory_mb=gpus.memory_used_mb,
             active_threads=self._running.shape["n_threads"] if self._running and busy else 0,
+            gpus=gpus.each,
         )
 
     def capabilities(self) -> Capabilities:
         """What the build and the machine can do."""
-        first = self._device_list[0]
-        gpu = first.kind in ("gpu", "igpu")
-        return Capabilities(
-            backend=_backend_of(first.name),
-            devices=self._device_list,
-            engine_build=self._build_line,
-            vram_mb=first.memory_mb if gpu else None,
-            build_info=_engine.build_info(),
-        )
+        return _capabilities(self._device_list)
+
+    async def devices(self) -> tuple[DeviceInfo, ...]:
+        """The devices as they are now; the drivers are asked in a thread."""
+        self._device_list = await asyncio.to_thread(engine_devices)
+        return self._device_list
 
     def pulse(self) -> int:
         """A count of the native loop; see ``InferenceBackend.pulse``."""
@@ -531,6 +563,7 @@ class NativeBackend(InferenceBackend):
             has_chat_template=shape["has_chat_template"],
             metadata=shape["metadata"],
             draft=options.draft,
+            placement=tuple(DeviceShare(**share) for share in shape["placement"]),
         )
         return _Running(loaded, shape, options)
 
@@ -587,7 +620,7 @@ class NativeBackend(InferenceBackend):
         return Fingerprint(
             model_sha256=running.loaded.file.sha256,
             engine_build=self._build_line,
-            backend=_backend_of(running.loaded.device),
+            backend=backend_of(running.loaded.device),
             device=running.loaded.device,
             threads=shape["n_threads"],
             n_ctx=shape["n_ctx"],
@@ -614,14 +647,6 @@ _LAST_EVENTS = frozenset(
         _engine.FAILED,
     }
 )
-
-
-def _backend_of(device: str) -> str:
-    """Name of the backend that a device such as ``CUDA0`` belongs to."""
-    for prefix, name in _BACKEND_NAMES.items():
-        if device.startswith(prefix):
-            return name
-    return "cpu"
 
 
 def _deadline_ns(deadline: float | None) -> int:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ai4all.backend.base import InferenceBackend
+from ai4all.backend.base import Capabilities, InferenceBackend
+from ai4all.backend.devices import TARGETS
 from ai4all.errors import EngineUnavailable
 
-__all__ = ["BackendStatus", "TargetStatus", "build_info", "describe", "open_backend", "targets"]
+__all__ = [
+    "BackendStatus",
+    "TargetStatus",
+    "ask_capabilities",
+    "build_info",
+    "capabilities",
+    "describe",
+    "open_backend",
+    "targets",
+]
 
 _BUILD_HINT = (
     "the native extension is not built; install the package with `pip install .`, "
@@ -37,25 +48,31 @@ class TargetStatus:
     reason: str
 
 
-# The engine's names for its backends, and how to get each into the build.
-_TARGETS: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("cpu", ("CPU",), ""),
-    ("cuda", ("CUDA",), "GGML_CUDA"),
-    ("rocm", ("HIP", "ROCm"), "GGML_HIP"),
-    ("vulkan", ("Vulkan",), "GGML_VULKAN"),
-    ("metal", ("MTL", "Metal"), "GGML_METAL"),
-)
+# A library of a driver that the dynamic linker looked for, and what brings it.
+_DRIVER_LIBRARIES = {
+    "libcuda.so": "NVIDIA's driver",
+    "libamdhip64.so": "ROCm's runtime",
+    "libvulkan.so": "the Vulkan loader",
+}
 
 
 def _native() -> Any:
     try:
         return importlib.import_module("ai4all.backend.native")
     except ImportError as error:
-        missing = getattr(error, "name", None) in ("ai4all._engine", "_engine") or "_engine" in str(
-            error
-        )
-        detail = _BUILD_HINT if missing and "cannot open" not in str(error) else str(error)
-        raise EngineUnavailable(detail) from error
+        raise EngineUnavailable(_why_not(error)) from error
+
+
+def _why_not(error: ImportError) -> str:
+    text = str(error)
+    if "cannot open" in text:
+        # The extension is there; a library that it was linked with is not.
+        for library, owner in _DRIVER_LIBRARIES.items():
+            if library in text:
+                return f"{text}; this build needs {owner}, which is not installed here"
+        return text
+    missing = getattr(error, "name", None) in ("ai4all._engine", "_engine") or "_engine" in text
+    return _BUILD_HINT if missing else text
 
 
 def _open_native() -> InferenceBackend:
@@ -112,28 +129,42 @@ def build_info() -> dict[str, Any]:
     return info
 
 
-def targets() -> list[TargetStatus]:
-    """Every hardware target of the engine: built in or not, with a device or not.
+def capabilities() -> Capabilities:
+    """What the engine can do here, asked in this process.
 
     Raises:
         EngineUnavailable: There is no extension to ask.
     """
-    info = build_info()
-    built = set(info["backends"])
-    not_loaded: dict[str, str] = info.get("not_loaded", {})
-    present = {device["backend"] for device in _native().engine_devices()}
-    result = []
-    for name, keys, option in _TARGETS:
-        why = next((not_loaded[key.lower()] for key in keys if key.lower() in not_loaded), None)
-        if why is not None:
-            why = f"built in, but it could not be loaded: {why}"
-            result.append(TargetStatus(name, built=True, available=False, reason=why))
-        elif not built.intersection(keys):
-            how = f"not in this build; rebuild with `pip install . -C cmake.define.{option}=ON`"
-            result.append(TargetStatus(name, built=False, available=False, reason=how))
-        elif not present.intersection(keys):
-            why = "built in, but the driver shows no device"
-            result.append(TargetStatus(name, built=True, available=False, reason=why))
-        else:
-            result.append(TargetStatus(name, built=True, available=True, reason=""))
-    return result
+    found: Capabilities = _native().engine_capabilities()
+    return found
+
+
+def ask_capabilities() -> Capabilities:
+    """The same, asked in a process of its own: a driver may hang, or end whoever asks it.
+
+    Raises:
+        EngineUnavailable: No engine can run here.
+        EngineCrashed: It died of the question.
+        EngineHung: It did not answer.
+    """
+    return asyncio.run(_ask())
+
+
+async def _ask() -> Capabilities:
+    async with _open_isolated() as backend:
+        return backend.capabilities()
+
+
+def targets(found: Capabilities) -> list[TargetStatus]:
+    """Every hardware target of the engine: built in or not, with a device or not."""
+    build = found.build_info
+    present = {device.backend for device in found.devices}
+    return [
+        TargetStatus(
+            target.name,
+            built=target.is_built(build),
+            available=target.name in present,
+            reason="" if target.name in present else target.missing(build),
+        )
+        for target in TARGETS
+    ]

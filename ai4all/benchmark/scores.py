@@ -40,7 +40,7 @@ class _Kept(BaseModel):
 
 
 class BenchmarkKey(_Kept):
-    """What must be equal for two runs to be comparable."""
+    """What must be equal for two runs to be comparable. ``device`` is what really ran."""
 
     model_sha256: str
     engine_build: str
@@ -71,7 +71,7 @@ class PromptFigures(_Kept):
     """One prompt of the suite, as the native loop timed it.
 
     ``time_to_first_token_ms`` is the sum of the four parts after it. ``total_ms`` runs from the
-    submission to the last token.
+    submission to the last token. Of the tokens, ``draft_accepted`` came from drafts.
     """
 
     name: str
@@ -85,6 +85,7 @@ class PromptFigures(_Kept):
     total_ms: _Amount
     prompt_tokens_per_second: _Amount | None
     decode_tokens_per_second: _Amount | None
+    draft_accepted: _Count = 0
 
 
 class BenchmarkScores(_Kept):

@@ -102,22 +102,41 @@ class BenchmarkStore:
         return same[-2] if len(same) > 1 else None
 
     def registration_score(
-        self, model_sha256: str | None = None, engine_build: str | None = None
+        self,
+        model_sha256: str | None = None,
+        engine_build: str | None = None,
+        device: str | None = None,
     ) -> float | None:
         """The composite to register with, or None when nothing was measured.
 
-        The best run of the model with this build counts, because noise from the machine's other
-        work only ever lowers a score. Without a run of it, the newest of all.
+        The best run of the model with this build on the device counts, because noise from the
+        machine's other work only ever lowers a score. Without a run of it, the newest of all that
+        ran on the device: what another one can do promises nothing.
+
+        Args:
+            model_sha256: The model that shall be computed.
+            engine_build: With what.
+            device: Where, as ``BenchmarkKey.device``; None is anywhere.
         """
+        runs = [r for r in self.history() if device is None or r.key.device == device]
         scores = [
             result.scores.composite
-            for result in self.history()
+            for result in runs
             if (result.key.model_sha256, result.key.engine_build) == (model_sha256, engine_build)
         ]
         if scores:
             return max(scores)
-        newest = self.latest()
-        return newest.scores.composite if newest is not None else None
+        newest = runs[-1] if runs else self.latest()
+        if newest is None or (device is not None and newest.key.device != device):
+            return None
+        return newest.scores.composite
+
+    def has_run_on(self, model_sha256: str, engine_build: str, device: str) -> bool:
+        """Whether a run of the model with this build on the device is kept."""
+        wanted = (model_sha256, engine_build, device)
+        return any(
+            (r.key.model_sha256, r.key.engine_build, r.key.device) == wanted for r in self.history()
+        )
 
     def _read(self, path: Path) -> str | None:
         try:

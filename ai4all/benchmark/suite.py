@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ai4all.backend.base import Completion, GenerateRequest, InferenceBackend, TokenEvent
+from ai4all.backend.devices import backend_of
 from ai4all.benchmark.hardware import HardwareInfo
 from ai4all.benchmark.scores import (
     BenchmarkKey,
@@ -105,7 +106,7 @@ class BenchmarkSuite:
         memory_mb = backend.memory_mb()
         result = BenchmarkResult(
             timestamp=_now(),
-            backend=capabilities.backend,
+            backend=backend_of(loaded.device),
             model=loaded.file.model_id,
             scores=score(rows, memory_mb),
             memory_mb=memory_mb,
@@ -152,6 +153,7 @@ async def _measure(
         total_ms=timings.total_ms,
         prompt_tokens_per_second=timings.prompt_tokens_per_second,
         decode_tokens_per_second=timings.decode_tokens_per_second,
+        draft_accepted=completion.draft_accepted,
     )
 
 

@@ -26,6 +26,7 @@ import psutil
 
 from ai4all.backend.base import EngineOptions, GenerateRequest, InferenceBackend
 from ai4all.backend.cores import compute_threads, usable_cores
+from ai4all.backend.devices import CPU
 from ai4all.benchmark.suite import benchmark_prompts
 from ai4all.benchmark.tuning_store import PEACE, Trial, Tuning, TuningKey
 from ai4all.errors import ComputeError, ContextOverflow
@@ -259,7 +260,7 @@ class _Search:
 
     async def _search_threads(self, ways: Sequence[_Way]) -> None:
         loaded = self._backend.loaded
-        if loaded is not None and loaded.device != "CPU":
+        if loaded is not None and CPU not in loaded.device.split("+"):
             # What a GPU computes does not wait for the CPU's threads.
             await self._visit("threads", self.best)
             return

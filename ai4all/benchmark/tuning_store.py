@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ai4all.backend.base import Capabilities, EngineOptions
 from ai4all.backend.cores import usable_cores
-from ai4all.errors import DataDirectoryError
+from ai4all.backend.devices import CPU, choose_devices
+from ai4all.errors import DataDirectoryError, DeviceUnavailable
 from ai4all.models.files import write_atomically
 
 __all__ = ["PEACE", "Trial", "Tuning", "TuningKey", "TuningStore", "is_open", "with_tuning"]
@@ -43,17 +44,26 @@ class TuningKey(_Kept):
     @classmethod
     def of(cls, model_sha256: str, capabilities: Capabilities, options: EngineOptions) -> TuningKey:
         """The key of a model as the backend will run it, before it is loaded."""
-        gpus = [device.name for device in capabilities.devices if device.kind in ("gpu", "igpu")]
         return cls(
             model_sha256=model_sha256,
             engine_build=capabilities.engine_build,
-            device=gpus[0] if gpus and options.gpu_layers != 0 else "CPU",
+            device=_first_device(capabilities, options),
             usable_cores=usable_cores(),
         )
 
     def is_same_machine(self, other: TuningKey) -> bool:
         """Whether all but the model is the same."""
         return self.model_copy(update={"model_sha256": other.model_sha256}) == other
+
+
+def _first_device(capabilities: Capabilities, options: EngineOptions) -> str:
+    if options.gpu_layers == 0:
+        return CPU
+    try:
+        return choose_devices(capabilities.devices, options.device).names[0]
+    except DeviceUnavailable:
+        # The load will say so; or it falls back.
+        return CPU
 
 
 class Trial(_Kept):

@@ -35,6 +35,8 @@ def run_benchmark(
     model: str | None,
     *,
     tune_again: bool = False,
+    device: str | None = None,
+    gpu_layers: str | None = None,
     as_json: bool,
 ) -> None:
     """Measure a model, by default the one of the first run, which is done if it is still due.
@@ -45,6 +47,8 @@ def run_benchmark(
         data_dir: Data directory.
         model: Id or path, or None for the one that the settings name.
         tune_again: Search for the fastest way to run it also when one is kept.
+        device: As ``engine.device``.
+        gpu_layers: As ``engine.gpu_layers``.
         as_json: One JSON object in place of the tables.
 
     Raises:
@@ -53,7 +57,13 @@ def run_benchmark(
         ComputeError: It could not be computed.
         DataDirectoryError: The result could not be kept, or another process works in there.
     """
-    settings = read_settings(config, data_dir, worker__model=model)
+    settings = read_settings(
+        config,
+        data_dir,
+        worker__model=model,
+        engine__device=device,
+        engine__gpu_layers=gpu_layers,
+    )
     prepare_data_dir(settings.data_dir)
     log_to_terminal(settings)
     # Beside a worker of the same directory the figures would be of half a machine.
@@ -63,6 +73,7 @@ def run_benchmark(
     if as_json:
         previous = store.previous(result.key)
         document = result.model_dump(mode="json")
+        document["device"] = result.key.device
         document["previous"] = previous.model_dump(mode="json") if previous is not None else None
         document["path"] = str(store.latest_path)
         print_json(document)

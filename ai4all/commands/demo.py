@@ -20,6 +20,7 @@ from ai4all.commands.environment import (
     stdout_console,
 )
 from ai4all.commands.failure import EXIT_FAILURE
+from ai4all.commands.promises import Promises
 from ai4all.commands.station import Station, prepare_station
 from ai4all.config import Settings
 from ai4all.coordinator import EmbeddedCoordinator, Outcome, TaskSpec
@@ -53,6 +54,8 @@ def run_demo(
     model: str | None,
     *,
     as_json: bool,
+    device: str | None = None,
+    gpu_layers: str | None = None,
     in_process: bool = False,
 ) -> None:
     """Set up, compute ``tasks`` blocks for an embedded coordinator, print what came of them.
@@ -64,7 +67,12 @@ def run_demo(
         typer.Exit: With status 1, when a block was not computed or not accepted.
     """
     settings = read_settings(
-        config, data_dir, worker__model=model, isolation__in_process=in_process or None
+        config,
+        data_dir,
+        worker__model=model,
+        engine__device=device,
+        engine__gpu_layers=gpu_layers,
+        isolation__in_process=in_process or None,
     )
     prepare_data_dir(settings.data_dir)
     log_to_terminal(settings)
@@ -144,9 +152,11 @@ async def _compute(
     ):
         build = backend.capabilities().engine_build
         engine = settings.engine_options()
+        promises = Promises(benchmarks, station.model.sha256, build)
         options = WorkerOptions(
             worker_id=station.worker_id,
-            benchmark_score=benchmarks.registration_score(station.model.sha256, build),
+            score_for=promises.score_on,
+            health=promises.health(backend.capabilities(), engine),
             engine=engine,
             engine_for=lambda model: station.options_for(model, engine, backend.capabilities()),
             preload=station.model,

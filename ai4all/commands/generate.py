@@ -47,6 +47,8 @@ def run_generate(
     *,
     threads: int | None,
     context_length: int | None,
+    device: str | None,
+    gpu_layers: str | None,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -59,6 +61,8 @@ def run_generate(
         model: Id or path.
         threads: Threads; 0 is one for each core.
         context_length: Tokens; 0 is the model's own.
+        device: As ``engine.device``.
+        gpu_layers: As ``engine.gpu_layers``.
         as_json: One JSON object in place of the text.
         flags: As in ``request_from_flags``.
 
@@ -69,7 +73,12 @@ def run_generate(
     """
     request = request_from_flags(**flags)
     settings = read_settings(
-        config, data_dir, engine__threads=threads, engine__context_length=context_length
+        config,
+        data_dir,
+        engine__threads=threads,
+        engine__context_length=context_length,
+        engine__device=device,
+        engine__gpu_layers=gpu_layers,
     )
     log_to_terminal(settings)
     options = dataclasses.replace(settings.engine_options(), n_slots=1)

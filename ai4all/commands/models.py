@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
+from ai4all.backend import registry
+from ai4all.backend.base import Capabilities
 from ai4all.backend.quarantine import QUARANTINE_FILE, Quarantine
 from ai4all.commands.environment import (
     log_to_terminal,
@@ -17,7 +19,13 @@ from ai4all.commands.environment import (
     stdout_console,
 )
 from ai4all.commands.memory import MemoryAsked
-from ai4all.errors import InvalidModelFile, ModelChecksumMismatch, ModelNotFound
+from ai4all.errors import (
+    ComputeError,
+    EngineUnavailable,
+    InvalidModelFile,
+    ModelChecksumMismatch,
+    ModelNotFound,
+)
 from ai4all.first_run import open_store
 from ai4all.models.files import disk_error
 from ai4all.models.progress import show_download
@@ -36,7 +44,7 @@ def list_models(config: Path | None, data_dir: Path | None, *, as_json: bool) ->
     store = open_store(settings)
     stored, here = store.stored(), {model.model_id: model for model in store.list()}
     if as_json:
-        memory = MemoryAsked(settings)
+        memory = MemoryAsked(settings, _capabilities())
         print_json(
             {
                 "models": [
@@ -64,9 +72,21 @@ def list_models(config: Path | None, data_dir: Path | None, *, as_json: bool) ->
     console.print(table)
 
 
-def _memory(memory: MemoryAsked, model: ModelFile | None) -> dict[str, int] | None:
-    estimate = memory.of(model) if model is not None else None
-    return estimate.to_dict() if estimate is not None else None
+def _memory(memory: MemoryAsked, model: ModelFile | None) -> dict[str, Any] | None:
+    try:
+        plan = memory.plan_for(model) if model is not None else None
+    except ComputeError as error:
+        return {"problem": str(error)}
+    if plan is None:
+        return None
+    return {**plan.estimate.to_dict(), "device_label": plan.label, "gpu_layers": plan.n_layers}
+
+
+def _capabilities() -> Capabilities | None:
+    try:
+        return registry.capabilities()
+    except EngineUnavailable:
+        return None
 
 
 def pull_model(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import structlog
 
 from ai4all.config import Settings, changed_keys, with_keys_of
-from ai4all.errors import ConfigError, DataDirectoryError
+from ai4all.errors import ConfigError, DataDirectoryError, DeviceUnavailable
 
 __all__ = ["LiveSettings", "is_taken_up"]
 
@@ -81,7 +81,7 @@ class LiveSettings:
             settings = with_keys_of(self._settings, new, taken_up)
             # Also when nothing has changed: what the token's file holds may have.
             self._apply(settings)
-        except (ConfigError, DataDirectoryError) as error:
+        except (ConfigError, DataDirectoryError, DeviceUnavailable) as error:
             _log.error("settings_not_reloaded", error=str(error))
             return
         self._settings = settings

@@ -15,6 +15,7 @@ from ai4all.benchmark.store import BenchmarkStore
 from ai4all.commands.environment import Environment, read_settings, stderr_console
 from ai4all.commands.failure import EXIT_FAILURE, EXIT_SUCCESS
 from ai4all.commands.last_resort import LastResort
+from ai4all.commands.promises import Promises
 from ai4all.commands.reload import LiveSettings
 from ai4all.commands.signals import on_hangup, on_stop_signals
 from ai4all.commands.station import Station, prepare_station
@@ -47,6 +48,8 @@ def run_worker(
     coordinator: str | None,
     model: str | None,
     *,
+    device: str | None = None,
+    gpu_layers: str | None = None,
     in_process: bool = False,
 ) -> None:
     """Work until a signal says stop. The first run is done before, if it is still due.
@@ -55,6 +58,7 @@ def run_worker(
         ConfigError: The settings are wrong, or no coordinator is set.
         DataDirectoryError: The data directory cannot be used, or another process works in it.
         ModelError: A model cannot be had.
+        DeviceUnavailable: The device that the settings name is not to be had.
         LinkError: The link failed for good.
         SpoolError: Results cannot be kept.
     """
@@ -65,6 +69,8 @@ def run_worker(
             data_dir,
             coordinator__url=coordinator,
             worker__model=model,
+            engine__device=device,
+            engine__gpu_layers=gpu_layers,
             isolation__in_process=in_process or None,
         )
 
@@ -154,8 +160,9 @@ async def _prepare(
 
     def apply(settings: Settings) -> None:
         changed = link_options(settings)
+        options = _worker_options(settings, station, backend)
         configure_logging(settings)
-        worker.reconfigure(_worker_options(settings, station, backend), changed)
+        worker.reconfigure(options, changed)
 
     return worker, apply
 
@@ -164,11 +171,13 @@ def _worker_options(
     settings: Settings, station: Station, backend: InferenceBackend
 ) -> WorkerOptions:
     engine = settings.engine_options()
+    build = backend.capabilities().engine_build
+    promises = Promises(BenchmarkStore(settings.data_dir), station.model.sha256, build)
     return WorkerOptions(
         worker_id=station.worker_id,
-        benchmark_score=BenchmarkStore(settings.data_dir).registration_score(
-            station.model.sha256, backend.capabilities().engine_build
-        ),
+        score_for=promises.score_on,
+        baseline_for=promises.baseline_of,
+        health=promises.health(backend.capabilities(), engine),
         max_concurrent_tasks=settings.worker.max_concurrent_tasks,
         engine=engine,
         engine_for=lambda model: station.options_for(model, engine, backend.capabilities()),

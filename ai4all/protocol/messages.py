@@ -11,7 +11,15 @@ import re
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from ai4all.types.task import ErrorInfo, TaskResult, TaskType
 
@@ -28,6 +36,7 @@ __all__ = [
     "ErrorDetail",
     "ErrorStatus",
     "Goodbye",
+    "GpuUsage",
     "Heartbeat",
     "Message",
     "ModelSummary",
@@ -216,12 +225,47 @@ class ModelSummary(WireModel):
     size_bytes: _U64
 
 
-class DeviceSummary(WireModel):
-    """A device that the worker can compute on; ``memory_mb`` in MiB."""
+class _Terse(WireModel):
+    """Base of what came after the first protocol as a whole: what is None is left out."""
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = write(self)
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+class DeviceSummary(_Terse):
+    """A device of the worker.
+
+    Attributes:
+        name: The engine's name for it.
+        kind: "cpu", "gpu", "igpu" or "accel".
+        memory_mb: Its memory, in MiB.
+        memory_free_mb: What of it was free when it was last looked at.
+        driver: Name and version of its driver.
+        unused: Why it does not compute; None for one that does.
+    """
 
     name: str
     kind: str
     memory_mb: _U64
+    memory_free_mb: _U64 | None = None
+    driver: str | None = None
+    unused: str | None = None
+
+
+class GpuUsage(_Terse):
+    """What one GPU in use does now, whoever uses it.
+
+    ``percent`` is the share of time that it is busy, 0 to 100; memory is in MiB.
+    """
+
+    name: str
+    percent: float | None = None
+    memory_used_mb: _U64 | None = None
+    memory_mb: _U64 | None = None
+    temperature_c: float | None = None
+    power_w: float | None = None
 
 
 class WorkerCapabilities(WireModel):
@@ -237,7 +281,7 @@ class WorkerCapabilities(WireModel):
         max_concurrent_tasks: Blocks that the worker takes at once.
         max_context_length: Longest context of one sequence, in tokens.
         models: What is on disk and ready to load.
-        devices: What can compute, the one in use first.
+        devices: What can compute, what does so first.
         worker_version: Version of this package.
         engine_build: One line that names the engine's commit, backend and CPU features.
     """
@@ -260,7 +304,7 @@ class ResourceUsage(WireModel):
     """What the worker's process and devices use now.
 
     ``cpu_percent`` and ``gpu_percent`` are shares of the whole machine, 0 to 100; memory is in
-    MiB.
+    MiB. ``gpus`` has the figures of each GPU in use.
     """
 
     cpu_percent: float
@@ -268,6 +312,7 @@ class ResourceUsage(WireModel):
     gpu_percent: float | None = None
     gpu_memory_mb: _U64 | None = None
     active_threads: _U64
+    gpus: list[GpuUsage] | None = None
 
 
 class WorkingDetail(WireModel):
@@ -310,10 +355,13 @@ def working(block_id: str, progress: float) -> WorkingStatus:
 
 
 class Register(Message):
-    """The first message on every connection."""
+    """The first message on every connection.
+
+    ``degraded`` says why the worker is not what it was promised to be; without a reason, it is.
+    """
 
     OMITTED_WHEN_NONE: ClassVar[dict[str, tuple[str, ...]]] = {
-        "": ("extensions",),
+        "": ("extensions", "degraded"),
         "capabilities": (
             "max_concurrent_tasks",
             "max_context_length",
@@ -329,21 +377,27 @@ class Register(Message):
     capabilities: WorkerCapabilities
     benchmark_score: float | None = None
     extensions: list[str] | None = None
+    degraded: str | None = None
 
 
 class Heartbeat(Message):
     """A sign of life, sent on time whatever the engine does.
 
     ``status`` names one block, as the first protocol can; ``active_blocks`` lists them all.
+    ``degraded`` is as in ``Register``.
     """
 
-    OMITTED_WHEN_NONE: ClassVar[dict[str, tuple[str, ...]]] = {"": ("active_blocks",)}
+    OMITTED_WHEN_NONE: ClassVar[dict[str, tuple[str, ...]]] = {
+        "": ("active_blocks", "degraded"),
+        "resource_usage": ("gpus",),
+    }
 
     type: Literal["Heartbeat"] = "Heartbeat"
     worker_id: _Identifier
     status: WorkerStatus
     resource_usage: ResourceUsage
     active_blocks: list[_Identifier] | None = None
+    degraded: str | None = None
 
 
 class RequestWork(Message):

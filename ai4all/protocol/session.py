@@ -144,6 +144,8 @@ class Session:
         self.worker_id = worker_id
         self.capabilities = capabilities
         self.benchmark_score = benchmark_score
+        # Why the worker is not what it was promised to be. May be set at any time.
+        self.degraded: str | None = None
         self.options = options or SessionOptions()
         self._envelope = envelope
         self._state = State.DISCONNECTED
@@ -270,6 +272,7 @@ class Session:
                 capabilities=self.capabilities,
                 benchmark_score=self.benchmark_score,
                 extensions=list(self.options.extensions),
+                degraded=self.degraded,
             )
         )
 
@@ -476,6 +479,7 @@ class Session:
                 status=status,
                 resource_usage=usage,
                 active_blocks=list(self._running),
+                degraded=self.degraded,
             )
         )
 

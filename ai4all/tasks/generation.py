@@ -129,6 +129,8 @@ async def generate(job: Job, request: GenerateRequest) -> Completion:
                     if text:
                         job.on_text(text, completion_tokens)
                 case Completion():
+                    if job.on_completion is not None:
+                        job.on_completion(event)
                     return event
     raise EngineCrashed("the engine ended a generation without a completion")
 

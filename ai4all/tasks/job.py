@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
-from ai4all.backend.base import InferenceBackend, Timings
+from ai4all.backend.base import Completion, InferenceBackend, Timings
 from ai4all.types.task import Fingerprint, TaskOutput, TaskType, Usage
 
 __all__ = ["Computed", "Job"]
@@ -33,6 +33,7 @@ class Job:
         backend: What computes; its model is loaded.
         deadline: ``time.monotonic()`` value after which the work is dropped, or None.
         on_text: Called with text that became certain and the count of tokens so far.
+        on_completion: Called with each generation that ended well, or None.
         processed: Tokens done: of the prompt, and sampled.
         expected: Tokens that there can be at most, as far as is known.
     """
@@ -42,6 +43,7 @@ class Job:
     backend: InferenceBackend
     deadline: float | None
     on_text: Callable[[str, int], None]
+    on_completion: Callable[[Completion], None] | None = None
     processed: int = 0
     expected: int = 0
 

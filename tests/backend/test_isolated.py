@@ -22,6 +22,7 @@ import pytest
 import scripted_host
 import ujson
 from mortality import deadly_model
+from structlog.testing import capture_logs
 from tiny_gguf import encode_gguf, tiny_metadata, tiny_tensors
 
 from ai4all.backend.base import (
@@ -45,6 +46,7 @@ from ai4all.errors import (
     BadRequest,
     ContextOverflow,
     DeadlineExceeded,
+    DeviceUnavailable,
     EngineClosed,
     EngineCrashed,
     EngineError,
@@ -761,3 +763,92 @@ async def test_a_file_that_is_not_spoiled_loads(tmp_path: Path) -> None:
     file.write_bytes(encode_gguf(tiny_metadata(), tiny_tensors()))
     async with IsolatedBackend() as backend:
         assert (await backend.load(file_of(file), OPTIONS)).n_ctx_train == 512
+
+
+GPU = {"name": "CUDA0", "kind": "gpu", "description": "a card", "memory_mb": 24_000,
+       "memory_free_mb": 23_000, "backend": "cuda", "address": "0000:01:00.0"}  # fmt: skip
+PROCESSOR = {"name": "CPU", "kind": "cpu", "description": "", "memory_mb": 100,
+             "memory_free_mb": 50}  # fmt: skip
+
+
+async def test_devices_are_asked_for_again(scripted: Scripted) -> None:
+    backend = scripted(devices=[GPU, PROCESSOR])
+    await backend.open()
+    first = await backend.devices()
+    assert first == backend.capabilities().devices
+    assert [device.name for device in first] == ["CUDA0", "CPU"]
+    assert (first[0].backend, first[0].is_gpu) == ("cuda", True)
+
+
+async def test_a_device_that_is_gone_after_a_restart_is_an_error_and_not_the_cpu(
+    scripted: Scripted, tmp_path: Path
+) -> None:
+    devices = tmp_path / "devices.json"
+    devices.write_text(ujson.dumps([GPU, PROCESSOR]))
+    backend = scripted(devices_file=str(devices))
+    await backend.open()
+    loaded = await backend.load(SCRIPTED, replace(OPTIONS, device="CUDA0"))
+    assert loaded.device == "CUDA0"
+    # The driver goes, and the process dies of it.
+    devices.write_text(ujson.dumps([PROCESSOR]))
+    assert backend.process_id is not None
+    os.kill(backend.process_id, signal.SIGKILL)
+    with pytest.raises((EngineCrashed, DeviceUnavailable)):
+        await backend.complete(greedy())
+    with pytest.raises(DeviceUnavailable, match="CUDA0"):
+        await backend.complete(greedy())
+    assert backend.loaded is None
+    assert [device.name for device in backend.capabilities().devices] == ["CPU"]
+
+
+async def test_another_look_is_another_process_and_no_death(
+    scripted: Scripted, tmp_path: Path
+) -> None:
+    devices = tmp_path / "devices.json"
+    devices.write_text(ujson.dumps([PROCESSOR]))
+    backend = scripted(devices_file=str(devices))
+    await backend.open()
+    await backend.load(SCRIPTED, OPTIONS)
+    first = backend.process_id
+    devices.write_text(ujson.dumps([GPU, PROCESSOR]))
+    with capture_logs() as logs:
+        assert await backend.look_again()
+    assert backend.process_id not in (None, first)
+    assert [device.name for device in backend.capabilities().devices] == ["CUDA0", "CPU"]
+    # The model is there again, as it was asked for.
+    assert backend.loaded is not None
+    assert (await backend.complete(greedy())).usage.completion_tokens > 0
+    assert "engine_died" not in {entry["event"] for entry in logs}
+
+
+async def test_no_other_look_while_something_is_computed(scripted: Scripted) -> None:
+    backend = scripted(generation={"token_ms": 20.0})
+    await backend.open()
+    await backend.load(SCRIPTED, OPTIONS)
+    running = await under_way(backend, greedy(max_tokens=20))
+    process = backend.process_id
+    assert not await backend.look_again()
+    assert (await running).usage.completion_tokens == 20
+    assert backend.process_id == process
+
+
+async def test_a_death_of_a_question_is_held_against_no_model(
+    scripted: Scripted, tmp_path: Path
+) -> None:
+    quarantine = Quarantine(tmp_path / "quarantine.json")
+    backend = IsolatedBackend(
+        quarantine=quarantine, command=scripted_host.command(die_of_devices=True)
+    )
+    async with backend:
+        await backend.load(SCRIPTED, OPTIONS)
+        for _ in range(3):
+            with pytest.raises(EngineCrashed):
+                await backend.devices()
+        assert quarantine.held() == []
+        assert (await backend.complete(greedy())).usage.completion_tokens > 0
+
+
+async def test_processor_time_of_both_processes_counts(isolated: IsolatedBackend) -> None:
+    before, own = isolated.cpu_seconds(), time.process_time()
+    await isolated.complete(greedy(max_tokens=LONG))
+    assert isolated.cpu_seconds() - before > time.process_time() - own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import os
 import struct
@@ -330,10 +331,35 @@ class TestRegistry:
             ("isolated", True),
             ("native", True),
         ]
-        targets = {status.name: status for status in registry.targets()}
+        found = registry.capabilities()
+        targets = {status.name: status for status in registry.targets(found)}
         assert set(targets) == {"cpu", "cuda", "rocm", "vulkan", "metal"}
         assert targets["cpu"].available
         assert all(status.available or status.reason for status in targets.values())
+
+    def test_targets_tell_a_build_without_one_from_a_driver_without_a_device(self) -> None:
+        found = registry.capabilities()
+        info = {"backends": ["CPU", "CUDA"], "not_loaded": {"hip": "libamdhip64.so.6: cannot open"}}
+        targets = {s.name: s for s in registry.targets(dataclasses.replace(found, build_info=info))}
+        built = {name: (status.built, status.available) for name, status in targets.items()}
+        assert built["cuda"] == built["rocm"] == (True, False)
+        assert built["vulkan"] == (False, False)
+        assert targets["cuda"].reason == "cuda is built in, but the driver shows no device"
+        assert "could not be loaded: libamdhip64.so.6" in targets["rocm"].reason
+        assert "cmake.define.GGML_VULKAN=ON" in targets["vulkan"].reason
+
+    def test_the_same_is_said_by_a_process_of_its_own(self) -> None:
+        here, there = registry.capabilities(), registry.ask_capabilities()
+        assert there.build_info == here.build_info
+        assert [device.name for device in there.devices] == [d.name for d in here.devices]
+
+    def test_a_missing_driver_library_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def absent(name: str) -> None:
+            raise ImportError("libcuda.so.1: cannot open shared object file: No such file")
+
+        monkeypatch.setattr(registry.importlib, "import_module", absent)
+        with pytest.raises(EngineUnavailable, match="NVIDIA's driver, which is not installed"):
+            registry.open_backend()
 
     def test_unknown_backend(self) -> None:
         with pytest.raises(EngineUnavailable, match="no backend 'gpu'"):

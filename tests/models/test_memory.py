@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -11,18 +13,18 @@ from tiny_gguf import Q8_0, write_tiny_gguf
 from ai4all.backend import registry
 from ai4all.backend.base import Capabilities, EngineOptions, LoadedModel
 from ai4all.backend.fake import FakeBackend
-from ai4all.errors import OutOfMemory
+from ai4all.errors import DeviceUnavailable, EngineCrashed, OutOfMemory
 from ai4all.models import memory
 from ai4all.models.gguf import GGUFHeader, read_header
 from ai4all.models.memory import (
     MemoryEstimate,
     admit,
-    estimate_file,
     estimate_memory,
     load_model,
     require_memory,
 )
-from ai4all.types.model import DeviceInfo, ModelFile
+from ai4all.models.offload import MARGIN_MIB, Offload
+from ai4all.types.model import DeviceInfo, DeviceShare, ModelFile
 
 MIB = 1024 * 1024
 OPTIONS = EngineOptions(n_ctx=512, n_ubatch=128)
@@ -64,6 +66,14 @@ def model_file(path: Path) -> ModelFile:
     return ModelFile("tiny", path, "ab" * 32, path.stat().st_size)
 
 
+def estimated(
+    path: Path, options: EngineOptions, features: Collection[str] = (), *, has_gpu: bool = False
+) -> MemoryEstimate:
+    draft = None if options.draft is None else read_header(options.draft.path)
+    header = read_header(path)
+    return estimate_memory(header, options, draft=draft, cpu_features=features, has_gpu=has_gpu)
+
+
 def held_estimate(path: Path, options: EngineOptions, words: int) -> MemoryEstimate:
     """The estimate, after it was held against the measured peak."""
     done = subprocess.run(
@@ -74,10 +84,7 @@ def held_estimate(path: Path, options: EngineOptions, words: int) -> MemoryEstim
     )
     n_prompt, measured = map(int, done.stdout.split())
     assert n_prompt > options.n_ctx // 2, "the context was not filled"
-    features = registry.build_info()["cpu_features"]
-    model = ModelFile("m", path, "0" * 64, 1)
-    estimate = estimate_file(model, options, capabilities(features=tuple(features)))
-    assert estimate is not None
+    estimate = estimated(path, options, registry.build_info()["cpu_features"])
     # Idle pages may be there at the peak, all or some of them, or not at all.
     tolerance = max(16 * MIB, measured // 10)
     assert estimate.needed - tolerance < measured < estimate.peak + tolerance
@@ -94,10 +101,7 @@ def test_the_estimate_counts_a_draft_model(tiny_model: Path, tmp_path: Path) -> 
     draft = write_tiny_gguf(tmp_path / "deep.gguf", n_layers=128, n_ctx=1024)
     options = EngineOptions(n_ctx=1024, n_ubatch=128, draft=model_file(draft), draft_tokens=4)
     both = held_estimate(tiny_model, options, 300)
-    alone = estimate_file(
-        model_file(tiny_model), dataclasses.replace(options, draft=None), capabilities()
-    )
-    assert alone is not None
+    alone = estimated(tiny_model, dataclasses.replace(options, draft=None))
     # Its weights; 128 layers of 1024 cells, 2 heads of 16 for keys and for values, 2 bytes each.
     least = draft.stat().st_size + 128 * 1024 * 2 * (16 + 16) * 2
     assert both.needed - alone.needed > least > 32 * MIB
@@ -109,9 +113,7 @@ def test_the_draft_model_is_part_of_what_must_fit(
     model = model_file(tiny_model)
     draft = model_file(write_tiny_gguf(tmp_path / "deep.gguf", n_layers=64))
     with_draft = dataclasses.replace(OPTIONS, draft=draft)
-    plain, both = (estimate_file(model, each, capabilities()) for each in (OPTIONS, with_draft))
-    assert plain is not None
-    assert both is not None
+    plain, both = (estimated(tiny_model, each) for each in (OPTIONS, with_draft))
     monkeypatch.setattr(memory, "free_memory", lambda: (plain.needed + both.needed) // 2)
     admit(model, OPTIONS, capabilities())
     with pytest.raises(OutOfMemory):
@@ -128,7 +130,7 @@ def test_the_draft_model_is_part_of_what_must_fit(
         admit(model, with_draft, capabilities(), replaces=alone)
     absent = dataclasses.replace(draft, path=tmp_path / "absent.gguf")
     options = dataclasses.replace(OPTIONS, draft=absent)
-    assert admit(model, options, capabilities()) == options
+    assert admit(model, options, capabilities()) == (options, None)
 
 
 @pytest.mark.model
@@ -201,7 +203,9 @@ def test_a_gpu_takes_its_share(header: GGUFHeader) -> None:
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
-    estimate = MemoryEstimate(100 * MIB, 50 * MIB, 50 * MIB, 30 * MIB, 20 * MIB, 0, 40 * MIB, 0)
+    estimate = MemoryEstimate(
+        100 * MIB, 50 * MIB, 50 * MIB, 30 * MIB, 20 * MIB, 0, 40 * MIB, 0, 0, 0
+    )
     require_memory(estimate, free=200 * MIB)
     with pytest.raises(OutOfMemory, match=r"needs 200 MiB .* but 199 MiB are free") as caught:
         require_memory(estimate, free=199 * MIB)
@@ -210,8 +214,6 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     require_memory(estimate, free=1000 * MIB, limit=250 * MIB)
     with pytest.raises(OutOfMemory, match=r"takes 250 MiB .*memory_limit_mb allows: 249 MiB"):
         require_memory(estimate, free=1000 * MIB, limit=249 * MIB)
-    with pytest.raises(OutOfMemory, match="40 MiB on the GPU, but 39 MiB"):
-        require_memory(estimate, free=1000 * MIB, device_free=39 * MIB)
 
 
 def test_admission_looks_at_what_is_free_now(
@@ -220,36 +222,87 @@ def test_admission_looks_at_what_is_free_now(
     model = model_file(tiny_model)
     needed = estimate_memory(read_header(tiny_model), OPTIONS).needed
     monkeypatch.setattr(memory, "free_memory", lambda: needed + 10 * MIB)
-    assert admit(model, OPTIONS, capabilities()).prefix_cache_mb == 10
+    assert admit(model, OPTIONS, capabilities())[0].prefix_cache_mb == 10
     monkeypatch.setattr(memory, "free_memory", lambda: needed // 2)
     with pytest.raises(OutOfMemory):
         admit(model, OPTIONS, capabilities())
     # The model that is dropped first makes room.
     before = LoadedModel(model, "", 512, 512, 0, 0.0, "CPU", 1, has_chat_template=False)
     left = needed // 2 // MIB
-    assert admit(model, OPTIONS, capabilities(), replaces=before).prefix_cache_mb == left
+    assert admit(model, OPTIONS, capabilities(), replaces=before)[0].prefix_cache_mb == left
 
 
 def test_the_owners_cap_bounds_the_kept_prompts(tiny_model: Path) -> None:
     model = model_file(tiny_model)
     capped = dataclasses.replace(OPTIONS, memory_limit_mb=64)
-    options = admit(model, capped, capabilities())
+    options, _ = admit(model, capped, capabilities())
     peak = estimate_memory(read_header(tiny_model), capped).peak
     assert 0 < options.prefix_cache_mb <= 64 - peak / MIB
     with pytest.raises(OutOfMemory, match="memory_limit_mb"):
         admit(model, dataclasses.replace(OPTIONS, memory_limit_mb=2), capabilities())
 
 
-def test_a_small_gpu_refuses(tiny_model: Path) -> None:
-    gpu = DeviceInfo("CUDA0", "gpu", "", 1024, 0)
-    with pytest.raises(OutOfMemory, match="GPU"):
-        admit(model_file(tiny_model), OPTIONS, capabilities(gpu))
-    admit(model_file(tiny_model), dataclasses.replace(OPTIONS, gpu_layers=0), capabilities(gpu))
+def test_a_full_gpu_is_left_alone_and_one_that_is_named_refuses(tiny_model: Path) -> None:
+    gpu = DeviceInfo("CUDA0", "gpu", "", 1024, 0, "cuda")
+    options, plan = admit(model_file(tiny_model), OPTIONS, capabilities(gpu))
+    assert plan is not None
+    assert (plan.label, options.device, options.gpu_layers) == ("CPU", "cpu", 0)
+    named = dataclasses.replace(OPTIONS, device="CUDA0")
+    with pytest.raises(OutOfMemory, match="not one layer fits on CUDA0"):
+        admit(model_file(tiny_model), named, capabilities(gpu))
+    admit(model_file(tiny_model), dataclasses.replace(named, gpu_layers=0), capabilities(gpu))
+
+
+def test_what_the_model_before_held_on_the_gpu_comes_free(tiny_model: Path) -> None:
+    model = model_file(tiny_model)
+    gpu = DeviceInfo("CUDA0", "gpu", "", 1024, 500, "cuda")
+    assert admit(model, OPTIONS, capabilities(gpu))[0].gpu_layers == 0
+    share = DeviceShare("CUDA0", 2, 40 * MIB, 30 * MIB, 30 * MIB)
+    before = LoadedModel(
+        model, "", 512, 512, 0, 0.0, "CUDA0", 1, has_chat_template=False, placement=(share,)
+    )
+    assert admit(model, OPTIONS, capabilities(gpu), before)[0].gpu_layers == 3
+
+
+def test_what_the_draft_model_before_held_on_the_gpu_comes_free(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    model = model_file(tiny_model)
+    draft = model_file(write_tiny_gguf(tmp_path / "deep.gguf", n_layers=64))
+    both = dataclasses.replace(OPTIONS, draft=draft)
+    whole, alone = (estimated(tiny_model, each, has_gpu=True).device for each in (both, OPTIONS))
+    assert whole - alone > 8 * MIB
+    share = DeviceShare("CUDA0", 2, alone, 0, 0)
+    before = LoadedModel(
+        model, "", 512, 512, 0, 0.0, "CUDA0", 1, has_chat_template=False, placement=(share,)
+    )
+    # As much as is missing for the two of them beside the margin, less what the model itself held.
+    free = MARGIN_MIB + (whole - alone) // MIB - 4
+    gpu = DeviceInfo("CUDA0", "gpu", "", 1024, free, "cuda")
+    assert admit(model, both, capabilities(gpu), before)[0].gpu_layers < 3
+    before = dataclasses.replace(before, draft=draft)
+    assert admit(model, both, capabilities(gpu), before)[0].gpu_layers == 3
+
+
+def test_an_integrated_gpu_takes_the_machines_own_memory(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_file(tiny_model)
+    gpu = DeviceInfo("Vulkan0", "igpu", "", 16_000, 16_000, "vulkan")
+    _, plan = admit(model, OPTIONS, capabilities(gpu))
+    assert plan is not None
+    assert plan.label == "Vulkan0"
+    both = plan.estimate.needed + plan.estimate.device
+    monkeypatch.setattr(memory, "free_memory", lambda: both)
+    admit(model, OPTIONS, capabilities(gpu))
+    monkeypatch.setattr(memory, "free_memory", lambda: both - 1)
+    with pytest.raises(OutOfMemory):
+        admit(model, OPTIONS, capabilities(gpu))
 
 
 def test_a_file_that_cannot_be_read_is_left_to_the_loader(tmp_path: Path) -> None:
     absent = ModelFile("absent", tmp_path / "absent.gguf", "ab" * 32, 1)
-    assert admit(absent, OPTIONS, capabilities()) == OPTIONS
+    assert admit(absent, OPTIONS, capabilities()) == (OPTIONS, None)
 
 
 async def test_a_refused_load_leaves_the_model_that_was_there(
@@ -263,3 +316,44 @@ async def test_a_refused_load_leaves_the_model_that_was_there(
             await load_model(backend, model_file(tiny_model), tight)
         assert backend.loaded is first
         assert backend.calls.loads == 1
+
+
+async def test_a_plan_is_shown_and_may_be_refused_before_anything_is_loaded(
+    tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu = DeviceInfo("CUDA0", "gpu", "a card", 24_000, 20_000, "cuda")
+    cpu = DeviceInfo("CPU", "cpu", "", 1024, 1024)
+    plans: list[Offload] = []
+
+    def refuse(model: ModelFile, plan: Offload) -> None:
+        plans.append(plan)
+        raise DeviceUnavailable("not here")
+
+    async with FakeBackend(devices=(gpu, cpu)) as backend:
+        with pytest.raises(DeviceUnavailable):
+            await load_model(backend, model_file(tiny_model), OPTIONS, approve=refuse)
+        assert (backend.calls.loads, plans[0].label) == (0, "CUDA0")
+        with caplog.at_level(logging.INFO, "ai4all.models.memory"):
+            loaded = await load_model(backend, model_file(tiny_model), OPTIONS)
+        assert loaded.device == "CUDA0"
+        assert "tiny: 3 of 3 layers on CUDA0: " in caplog.text
+        # What is free is looked at each time, not only once at the start.
+        backend.device_list = (dataclasses.replace(gpu, memory_free_mb=1), cpu)
+        loaded = await load_model(backend, model_file(tiny_model), OPTIONS)
+        assert loaded.device == "CPU"
+        assert "all on the CPU (too little memory" in caplog.text
+
+
+async def test_a_driver_that_ends_the_engine_is_asked_once_more(tiny_model: Path) -> None:
+    class Fragile(FakeBackend):
+        questions = 0
+
+        async def devices(self) -> tuple[DeviceInfo, ...]:
+            self.questions += 1
+            if self.questions == 1:
+                raise EngineCrashed("the engine died of SIGABRT")
+            return await super().devices()
+
+    async with Fragile() as backend:
+        await load_model(backend, model_file(tiny_model), OPTIONS)
+        assert (backend.questions, backend.calls.loads) == (2, 1)

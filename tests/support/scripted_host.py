@@ -3,7 +3,9 @@
 SCRIPT is a JSON object: the arguments of ``FakeBackend`` and, below ``generation``, those of
 ``ScriptedGeneration``. ``pulse`` true: the pulse moves although nothing else does. ``say``: a raw
 text to write to the socket in answer to the first command. ``unavailable``: why no engine can run.
-``exit``: end at once with that status. ``sleep``: do nothing for so many seconds.
+``exit``: end at once with that status. ``sleep``: do nothing for so many seconds. ``devices``:
+fields of each device; ``devices_file``: a file with them, which may change between two starts.
+``die_of_devices``: die when asked for them.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import os
 import struct
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import ujson
@@ -21,6 +24,7 @@ from ai4all.backend import host
 from ai4all.backend.base import InferenceBackend
 from ai4all.backend.fake import FakeBackend, ScriptedGeneration
 from ai4all.errors import EngineUnavailable
+from ai4all.types.model import DeviceInfo
 
 
 def command(**script: Any) -> list[str]:
@@ -33,6 +37,11 @@ class _ScriptedBackend(FakeBackend):
         self._pulses = itertools.count(1) if script.pop("pulse", False) else itertools.repeat(0)
         self._say = script.pop("say", None)
         self._descriptor = descriptor
+        if "devices_file" in script:
+            script["devices"] = ujson.loads(Path(script.pop("devices_file")).read_text())
+        if "devices" in script:
+            script["devices"] = [DeviceInfo(**fields) for fields in script["devices"]]
+        self._dies = script.pop("die_of_devices", False)
         super().__init__(ScriptedGeneration(**script.pop("generation", {})), **script)
 
     async def load(self, *arguments: Any, **more: Any) -> Any:
@@ -40,6 +49,11 @@ class _ScriptedBackend(FakeBackend):
             payload = self._say.encode()
             os.write(self._descriptor, struct.pack("!I", len(payload)) + payload)
         return await super().load(*arguments, **more)
+
+    async def devices(self) -> tuple[DeviceInfo, ...]:
+        if self._dies:
+            os.abort()
+        return await super().devices()
 
     def pulse(self) -> int:
         return next(self._pulses)
