@@ -183,7 +183,8 @@ def _missing(name: str, gpus: Sequence[DeviceInfo], build: Mapping[str, Any]) ->
         here = ", ".join([CPU, *(gpu.name for gpu in gpus)])
         return f"there is no device {name!r}; here are: {here}"
     which = "" if name.lower() == target.name else f"{name}: "
-    return f"{which}{target.missing(build)}, or set engine.allow_cpu_fallback"
+    fix = "or" if not target.is_built(build) else "install its driver, or"
+    return f"{which}{target.missing(build)}; {fix} set engine.allow_cpu_fallback"
 
 
 def how_to_build(target: Target) -> str:

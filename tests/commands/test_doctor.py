@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from command_line import Cli
@@ -98,9 +99,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Put another machine in place of this one: its devices, its build, its slots."""
 
     def put(
-        *devices: DeviceInfo, built: Sequence[str] = ("CPU",), in_slots: Sequence[Card] = ()
+        *devices: DeviceInfo,
+        built: Sequence[str] = ("CPU",),
+        not_loaded: Mapping[str, str] = MappingProxyType({}),
+        in_slots: Sequence[Card] = (),
     ) -> None:
-        found = Capabilities(devices[0].backend, devices, "a build", None, {"backends": [*built]})
+        build = {"backends": [*built], "not_loaded": dict(not_loaded)}
+        found = Capabilities(devices[0].backend, devices, "a build", None, build)
         monkeypatch.setattr(registry, "ask_capabilities", lambda: found)
         monkeypatch.setattr(doctor_devices, "cards", lambda: list(in_slots))
 
@@ -164,7 +169,29 @@ def test_a_gpu_that_is_full(cli: Cli, machine: Machine) -> None:
     assert "too little memory: all 3 layers need" in check["detail"]
 
 
-def test_a_cuda_build_without_a_driver(
+def test_a_cuda_build_on_a_machine_without_the_drivers_library(
+    cli: Cli, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    why = "libcuda.so.1: cannot open shared object file: No such file or directory"
+    machine(CPU, not_loaded={"cuda": why})
+    done = cli("doctor", "--json")
+    # It can work, on the CPU, and says so.
+    assert done.status == 0
+    found = statuses(done.json)
+    assert found["target cuda"] == found["device choice"] == "warning"
+    details = {check["name"]: check["detail"] for check in done.json["checks"]}
+    assert details["target cuda"] == f"cuda is built in, but it could not be loaded: {why}"
+    assert details["device choice"] == f"{details['target cuda']}; CPU computes"
+    assert done.json["engine"]["not_loaded"] == {"cuda": why}
+    monkeypatch.setenv("AI4ALL_ENGINE_DEVICE", "cuda")
+    done = cli("doctor", "--json")
+    assert (done.status, statuses(done.json)["device choice"]) == (1, "problem")
+    monkeypatch.setenv("AI4ALL_ENGINE_ALLOW_CPU_FALLBACK", "true")
+    done = cli("doctor", "--json")
+    assert (done.status, statuses(done.json)["device choice"]) == (0, "warning")
+
+
+def test_a_cuda_build_without_a_device(
     cli: Cli, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(CPU, built=("CPU", "CUDA"), in_slots=[dataclasses.replace(CARD, driver=None)])
