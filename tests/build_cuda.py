@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,13 @@ ROOT = Path(__file__).resolve().parents[1]
 MIB = 1024 * 1024
 
 _DRIVER_CALL = re.compile(r"\b(cu(?:Device|Get|Mem|Ctx|Init|Stream|Module|Launch)\w*)\(")
+
+SETTINGS: dict[str, dict[str, str]] = {
+    "auto": {},
+    "named": {"device": "cuda"},
+    "named, and the CPU allowed": {"device": "cuda", "allow_cpu_fallback": "true"},
+}
+"""What an owner may have configured, as variables of the engine's section."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -96,8 +104,8 @@ def driver_stub(folder: Path, work: Path) -> str:
     return str(library)
 
 
-def build(architecture: str, work: Path, jobs: int) -> tuple[Path, float]:
-    """Build the wheel; its path and the seconds it took."""
+def build(architecture: str, work: Path, jobs: int, *, isolation: bool) -> tuple[Path, float]:
+    """Build the wheel; its path and the seconds of processor time that it took."""
     folder, version = toolkit()
     defines = {"GGML_CUDA": "ON", "CMAKE_CUDA_ARCHITECTURES": architecture}
     environment = {**os.environ, "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs)}
@@ -111,12 +119,19 @@ def build(architecture: str, work: Path, jobs: int) -> tuple[Path, float]:
         defines["CUDA_cuda_driver_LIBRARY"] = stub
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(work / "wheels")]
     command += ["-C", f"build-dir={work / 'build'}"]
+    command += [] if isolation else ["--no-build-isolation"]
     for name, value in defines.items():
         command += ["-C", f"cmake.define.{name}={value}"]
-    started = time.monotonic()
+    before = processor_seconds()
     run([*command, str(ROOT)], env=environment)
     (wheel,) = (work / "wheels").glob("ai4all_native-*.whl")
-    return wheel, time.monotonic() - started
+    return wheel, processor_seconds() - before
+
+
+def processor_seconds() -> float:
+    """Of all programs that this one has run to their end."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def sizes(wheel: Path) -> dict[str, float]:
@@ -134,26 +149,76 @@ def ask(wheel: Path, model: Path, work: Path) -> dict[str, Any]:
     venv.create(home, clear=True, with_pip=True)
     run([str(home / "bin/pip"), "install", "-q", str(wheel)])
     ours = str(home / "bin/ai4all-native")
-    clean = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("LD_LIBRARY_PATH", "PYTHONPATH") and not name.startswith("AI4ALL_")
+    }
     clean["AI4ALL_DATA_DIR"] = str(work / "data")
+    clean["AI4ALL_MODELS_BENCHMARK_SOURCE"] = f"file:{model}"
 
-    def said(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def said(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [ours, *arguments], text=True, capture_output=True, check=False, env=clean, cwd=work
+            [ours, *arguments],
+            text=True,
+            capture_output=True,
+            check=False,
+            env={**clean, **{f"AI4ALL_ENGINE_{name.upper()}": v for name, v in settings.items()}},
+            cwd=work,
         )
 
-    version, doctor = said("--version"), said("doctor", "--json")
-    report = ujson.loads(doctor.stdout)
     generation = ["generate", "--model", str(model), "--prompt", "The sea", "--max-tokens", "8"]
-    computed = said(*generation, "--json")
-    return {
-        "version": version.stdout.strip(),
-        "not_loaded": report["engine"]["not_loaded"],
-        "target": next(c for c in report["checks"] if c["name"] == "target cuda"),
-        "doctor_status": doctor.returncode,
-        "generate_status": computed.returncode,
-        "generate": (computed.stdout + computed.stderr).strip(),
+    worker = ["worker", "--coordinator", "ws://127.0.0.1:1", "--model", str(model)]
+    answers: dict[str, Any] = {"version": said("--version").stdout.strip()}
+    for name, settings in SETTINGS.items():
+        doctor = said("doctor", "--json", **settings)
+        report = ujson.loads(doctor.stdout)
+        checks = {check["name"]: check for check in report["checks"]}
+        computed = said(*generation, "--json", **settings)
+        answers[name] = {
+            "doctor": doctor.returncode,
+            "target cuda": checks["target cuda"],
+            "device choice": checks["device choice"],
+            "devices": report["devices"],
+            "not_loaded": report["engine"]["not_loaded"],
+            "generate": computed.returncode,
+            "computed_on": (
+                ujson.loads(computed.stdout)["fingerprint"]["device"] if computed.stdout else None
+            ),
+            "said": computed.stderr.strip(),
+        }
+    refused = said(*worker, **SETTINGS["named"])
+    answers["worker"] = {"status": refused.returncode, "said": refused.stderr.strip()}
+    return answers
+
+
+def faults_of(answers: dict[str, Any]) -> list[str]:
+    """What a machine without a GPU should have answered otherwise."""
+    auto, named, allowed = (answers[name] for name in SETTINGS)
+    reason = auto["not_loaded"].get("cuda", "the driver shows no device")
+    found = {
+        "the version names the backend": "cuda" in answers["version"] or bool(auto["not_loaded"]),
+        "doctor: nothing is wrong, but it says what is lacking": auto["doctor"] == 0
+        and auto["target cuda"]["status"] == auto["device choice"]["status"] == "warning"
+        and reason in auto["target cuda"]["detail"],
+        "doctor: the CPU is the one device, with its memory": [
+            (device["name"], device["used"], device["memory_mb"] > 0) for device in auto["devices"]
+        ]
+        == [("CPU", True, True)],
+        "auto computes on the CPU and says so": (auto["generate"], auto["computed_on"])
+        == (0, "CPU")
+        and "all on the CPU" in auto["said"],
+        "doctor: a device that is named and missing is a problem": named["doctor"] == 1
+        and named["device choice"]["status"] == "problem",
+        "a device that is named and missing is refused": named["generate"] == 1
+        and "engine.device" in named["said"].splitlines()[-1],
+        "the worker refuses it, too": answers["worker"]["status"] == 1
+        and "engine.device" in answers["worker"]["said"].splitlines()[-1],
+        "the CPU stands in where it was allowed": (allowed["doctor"], allowed["generate"]) == (0, 0)
+        and allowed["computed_on"] == "CPU"
+        and "all on the CPU" in allowed["said"],
     }
+    return [what for what, holds in found.items() if not holds]
 
 
 @app.command()
@@ -163,6 +228,9 @@ def main(
     work: Annotated[Path, typer.Option(help="Kept, so that a second run goes on.")] = ROOT
     / "build/cuda-check",
     jobs: Annotated[int, typer.Option(help="Compilers at once.")] = os.cpu_count() or 1,
+    isolation: Annotated[
+        bool, typer.Option(help="Fetch the build requirements; else they are installed already.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Build the wheel with the CUDA backend, and ask it what it does here."""
@@ -170,9 +238,20 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     with console.status("building; nvcc takes its time"):
-        wheel, seconds = build(architecture, work, jobs)
+        started = time.monotonic()
+        wheel, processor = build(architecture, work, jobs, isolation=isolation)
+        seconds = time.monotonic() - started
     answers = ask(wheel, model.resolve(), work)
-    report = {"seconds": round(seconds), "jobs": jobs, "mib": sizes(wheel), **answers}
+    has_gpu = any(device["kind"] == "gpu" for device in answers["auto"]["devices"])
+    report = {
+        "seconds": round(seconds),
+        "processor_seconds": round(processor),
+        "jobs": jobs,
+        "mib": sizes(wheel),
+        **answers,
+        # On a machine with a GPU other answers are right.
+        "faults": [] if has_gpu else faults_of(answers),
+    }
     if as_json:
         print(ujson.dumps(report, indent=2))
     else:
@@ -180,8 +259,7 @@ def main(
         for name, value in report.items():
             table.add_row(name, str(value))
         Console().print(table)
-    started = "cuda" in report["version"] or "cuda" in report["not_loaded"]
-    raise typer.Exit(0 if started and report["generate_status"] == 0 else 1)
+    raise typer.Exit(1 if report["faults"] else 0)
 
 
 if __name__ == "__main__":
