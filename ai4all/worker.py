@@ -75,6 +75,7 @@ from ai4all.worker_events import (
     BlockFinished,
     BlockStarted,
     BlockText,
+    Degraded,
     LinkDown,
     LinkUp,
     WorkerEvent,
@@ -87,6 +88,7 @@ __all__ = [
     "BlockFinished",
     "BlockStarted",
     "BlockText",
+    "Degraded",
     "LinkDown",
     "LinkUp",
     "Worker",
@@ -377,6 +379,7 @@ class Worker:
         except (Ai4allError, OSError) as exc:
             # The block that needs it will try again, and be answered with the reason.
             _log.warning("model_not_loaded", model_id=model.model_id, error=str(exc))
+            self._look_at_health()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
@@ -460,7 +463,10 @@ class Worker:
 
     def _look_at_health(self) -> None:
         self._health.look(self._backend.capabilities(), self._backend.loaded)
-        self._session.degraded = self._health.degraded
+        reason = self._health.degraded
+        if reason is not None and reason != self._session.degraded:
+            self._observe(Degraded(reason, self._health.is_refusing))
+        self._session.degraded = reason
 
     def _status(self) -> WorkerStatus:
         if self._delivery.problem is not None:

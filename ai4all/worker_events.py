@@ -11,6 +11,7 @@ __all__ = [
     "BlockFinished",
     "BlockStarted",
     "BlockText",
+    "Degraded",
     "LinkDown",
     "LinkUp",
     "WorkerEvent",
@@ -29,6 +30,17 @@ class LinkDown:
     """The connection is gone; the worker goes on and connects again."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Degraded:
+    """The worker is not what it was promised to be, and for another reason than before.
+
+    ``refusing`` says that it takes no work meanwhile.
+    """
+
+    reason: str
+    refusing: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,5 +77,7 @@ class BlockAcknowledged:
     error: str | None
 
 
-WorkerEvent = LinkUp | LinkDown | BlockStarted | BlockText | BlockFinished | BlockAcknowledged
+WorkerEvent = (
+    LinkUp | LinkDown | Degraded | BlockStarted | BlockText | BlockFinished | BlockAcknowledged
+)
 """What an observer sees. ``BlockText`` and ``BlockFinished`` hold people's text: never log them."""

@@ -27,11 +27,12 @@ from ai4all.coordinator import EmbeddedCoordinator, Outcome, TaskSpec
 from ai4all.data_dir_lock import hold_data_dir
 from ai4all.delivery.backoff import Attempts, Backoff
 from ai4all.delivery.spool import MemorySpool
-from ai4all.errors import LinkError
+from ai4all.errors import DeviceUnavailable, LinkError
 from ai4all.first_run import prepare_data_dir
 from ai4all.protocol.connection import LinkOptions
 from ai4all.types.task import TextCompletionOutput
 from ai4all.worker import Worker, WorkerOptions
+from ai4all.worker_events import Degraded, WorkerEvent
 
 __all__ = ["demo_tasks", "run_demo"]
 
@@ -145,7 +146,19 @@ async def _compute(
     tasks: Sequence[TaskSpec],
     screen: DemoScreen | None,
 ) -> tuple[Mapping[str, Outcome], str]:
-    """Run a worker against a coordinator until every task has ended."""
+    """Run a worker against a coordinator until every task has ended.
+
+    Raises:
+        DeviceUnavailable: The worker would wait for its device, and nobody here for the worker.
+    """
+    refusing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def observe(event: WorkerEvent) -> None:
+        if screen is not None:
+            screen.show(event)
+        if isinstance(event, Degraded) and event.refusing and not refusing.done():
+            refusing.set_exception(DeviceUnavailable(f"the worker is degraded: {event.reason}"))
+
     async with (
         EmbeddedCoordinator(tasks) as coordinator,
         environment.open_backend_for_blocks(settings) as backend,
@@ -170,12 +183,15 @@ async def _compute(
             LinkOptions(url=coordinator.url),
             Attempts(Backoff(max_attempts=5)),
             options,
-            screen.show if screen is not None else None,
+            observe,
         )
         working = asyncio.ensure_future(worker.run())
         finished = asyncio.ensure_future(coordinator.finished())
         try:
-            await asyncio.wait({working, finished}, return_when=asyncio.FIRST_COMPLETED)
+            ended = asyncio.FIRST_COMPLETED
+            await asyncio.wait({working, finished, refusing}, return_when=ended)
+            if refusing.done():
+                await refusing
             if not finished.done():
                 await working
                 raise LinkError("the worker ended before the tasks did")
@@ -183,9 +199,9 @@ async def _compute(
             worker.stop()
             await working
         finally:
-            for task in (working, finished):
+            for task in (working, finished, refusing):
                 task.cancel()
-            await asyncio.gather(working, finished, return_exceptions=True)
+            await asyncio.gather(working, finished, refusing, return_exceptions=True)
         return coordinator.outcomes, build
 
 

@@ -15,6 +15,7 @@ from ai4all.worker_events import (
     BlockFinished,
     BlockStarted,
     BlockText,
+    Degraded,
     LinkDown,
     LinkUp,
     WorkerEvent,
@@ -46,6 +47,8 @@ class DemoScreen:
                 self._say(f"registered with the coordinator, session {session_id}")
             case LinkDown(reason):
                 self._say(f"\nlink closed: {reason}")
+            case Degraded(reason, _):
+                self._say(f"\ndegraded: {reason}", style="yellow")
             case BlockStarted(block_id, task_type, model_id):
                 self._say(f"\n{block_id}: {task_type} with model {model_id}", style="bold")
                 self._say(self.prompts.get(block_id, ""), style="dim")

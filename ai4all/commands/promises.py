@@ -60,6 +60,7 @@ class Promises:
         )
         label = device_label([gpu.name for gpu in choice.gpus], whole=True)
         has_run = self._store.has_run_on(self._model_sha256, self._engine_build, label)
-        # A score that was measured with every layer on the device promises just that.
-        whole = {self._model_sha256} if choice.gpus and has_run else set()
-        return WorkerHealth(capabilities, engine, whole=whole)
+        # A score that was measured with every layer on the device promises just that, unless its
+        # owner has named another number of layers since.
+        whole = has_run and choice.gpus and engine.gpu_layers < 0
+        return WorkerHealth(capabilities, engine, whole={self._model_sha256} if whole else ())

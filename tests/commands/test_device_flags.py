@@ -52,8 +52,9 @@ class Machine:
 
     def __init__(self, capsys: pytest.CaptureFixture[str], *devices: DeviceInfo) -> None:
         self._capsys = capsys
-        self._devices = devices
+        self.devices = devices
         self.opened: list[CudaBuild] = []
+        self.placed_on: str | None = None
 
     def __call__(self, *arguments: str) -> Finished:
         self._capsys.readouterr()
@@ -70,7 +71,8 @@ class Machine:
         }
 
     def _open(self) -> CudaBuild:
-        self.opened.append(CudaBuild(*self._devices))
+        self.opened.append(CudaBuild(*self.devices))
+        self.opened[-1].placed_on = self.placed_on
         return self.opened[-1]
 
 
@@ -134,14 +136,15 @@ def test_auto_computes_on_the_cpu_and_says_what_is_lacking(
     assert (done.status, done.err) == (0, "")
 
 
-@pytest.mark.parametrize("command", ["generate", "benchmark", "demo"])
 @pytest.mark.parametrize(
-    ("flags", "load"),
+    ("command", "flags", "load"),
     [
-        (["--device", "cuda0"], ("CUDA0", 3)),
-        (["--device", "CUDA0", "--gpu-layers", "3"], ("CUDA0", 3)),
-        (["--gpu-layers", "0"], ("cpu", 0)),
-        (["--device", "cpu"], ("cpu", 0)),
+        ("generate", ["--device", "cuda0"], ("CUDA0", 3)),
+        ("generate", ["--device", "CUDA0", "--gpu-layers", "2"], ("CUDA0", 2)),
+        ("generate", ["--gpu-layers", "0"], ("cpu", 0)),
+        ("benchmark", ["--device", "CUDA0", "--gpu-layers", "2"], ("CUDA0", 2)),
+        ("benchmark", ["--device", "cpu"], ("cpu", 0)),
+        ("demo", ["--device", "cpu"], ("cpu", 0)),
     ],
 )
 def test_flags_reach_each_load(
@@ -157,3 +160,24 @@ def test_layers_are_a_number_or_auto(cli: Cli, tiny_model: Path, layers: str) ->
     done = cli(*commands(tiny_model)["generate"], "--gpu-layers", layers)
     assert (done.status, done.out) == (2, "")
     assert "--gpu-layers" in done.error_line
+
+
+def test_fewer_layers_than_were_measured_are_the_owners_choice(
+    with_gpu: Machine, tiny_model: Path
+) -> None:
+    assert with_gpu(*commands(tiny_model)["benchmark"]).status == 0
+    with_gpu.placed_on = "CUDA0+CPU"
+    done = with_gpu(*commands(tiny_model)["demo"], "--gpu-layers", "2")
+    assert done.status == 0
+    assert done.json["results"][0]["fingerprint"]["device"] == "CUDA0+CPU"
+
+
+def test_a_demonstration_does_not_wait_for_a_device_that_is_taken(
+    with_gpu: Machine, tiny_model: Path
+) -> None:
+    assert with_gpu(*commands(tiny_model)["benchmark"]).status == 0
+    with_gpu.devices = (dataclasses.replace(GPU, memory_free_mb=1), CPU)
+    done = with_gpu(*commands(tiny_model)["demo"])
+    assert (done.status, done.out) == (1, "")
+    line = done.err.splitlines()[-1]
+    assert "the worker is degraded: runs on CPU, promised was CUDA0: too little memory" in line
