@@ -164,8 +164,8 @@ def _data_directory(settings: Settings, capabilities: Capabilities | None) -> It
 def _models(settings: Settings, capabilities: Capabilities | None) -> Iterator[Check]:
     try:
         store = open_store(settings)
-        memory, free = MemoryAsked(settings, capabilities), free_memory()
         stored, here = store.stored(), {model.model_id: model for model in store.list()}
+        memory, free = MemoryAsked(settings, capabilities, here.values()), free_memory()
     except Ai4allError as error:
         yield Check("models", "problem", str(error))
         return

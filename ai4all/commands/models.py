@@ -44,7 +44,7 @@ def list_models(config: Path | None, data_dir: Path | None, *, as_json: bool) ->
     store = open_store(settings)
     stored, here = store.stored(), {model.model_id: model for model in store.list()}
     if as_json:
-        memory = MemoryAsked(settings, _capabilities())
+        memory = MemoryAsked(settings, _capabilities(), here.values())
         print_json(
             {
                 "models": [

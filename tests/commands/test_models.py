@@ -3,7 +3,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import pytest
 from command_line import Cli
+from tiny_gguf import write_tiny_gguf
 
 
 def test_a_model_is_pulled_listed_verified_and_removed(
@@ -31,6 +33,28 @@ def test_a_model_is_pulled_listed_verified_and_removed(
     assert (removed.status, removed.json) == (0, {"removed": "mine"})
     assert not path.exists()
     assert cli("models", "list", "--json").json == {"models": []}
+
+
+def test_the_memory_of_a_model_counts_the_draft_model_of_the_settings(
+    cli: Cli, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = write_tiny_gguf(tmp_path / "deep.gguf", n_layers=32)
+    cli("models", "pull", "mine", f"file:{tiny_model}")
+    cli("models", "pull", "deep", f"file:{deep}")
+
+    def needed() -> dict[str, int]:
+        rows = cli("models", "list", "--json").json["models"]
+        return {row["model_id"]: row["memory"]["needed"] for row in rows}
+
+    before = needed()
+    for name in ("deep", str(deep)):
+        monkeypatch.setenv("AI4ALL_ENGINE_DRAFT_MODEL", name)
+        assert needed()["mine"] - before["mine"] > deep.stat().st_size
+    # No model drafts for itself.
+    monkeypatch.setenv("AI4ALL_ENGINE_DRAFT_MODEL", "deep")
+    assert needed()["deep"] == before["deep"]
+    monkeypatch.setenv("AI4ALL_ENGINE_DRAFT_MODEL", "absent")
+    assert needed() == before
 
 
 def test_a_changed_file_fails_the_verification(cli: Cli, tiny_model: Path) -> None:
