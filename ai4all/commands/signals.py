@@ -14,12 +14,16 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def on_stop_signals(stop: Callable[[], object], *, calls: int = 2) -> Iterator[None]:
+def on_stop_signals(
+    stop: Callable[[], object], *, calls: int = 2, deaf_at_end: bool = False
+) -> Iterator[None]:
     """Call ``stop`` on SIGINT and SIGTERM, on the running loop's thread.
 
     Args:
         stop: What the signals call.
         calls: After so many signals the next one ends the process, whatever hangs.
+        deaf_at_end: Where there was a signal, another one that comes after the work has ended
+            changes nothing any more, not even the exit status.
     """
     loop = asyncio.get_running_loop()
     seen = 0
@@ -35,6 +39,9 @@ def on_stop_signals(stop: Callable[[], object], *, calls: int = 2) -> Iterator[N
 
     with _handling(_STOP_SIGNALS, handle):
         yield
+    if deaf_at_end and seen:
+        for each in _STOP_SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

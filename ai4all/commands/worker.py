@@ -118,7 +118,7 @@ async def _run_until_stopped(
         else:
             reload_is_due = True
 
-    with on_stop_signals(stop), on_hangup(reload, stop):
+    with on_stop_signals(stop, deaf_at_end=True), on_hangup(reload, stop):
         try:
             async with contextlib.AsyncExitStack() as held:
                 worker, apply = await _prepare(environment, settings, link, held)
