@@ -23,7 +23,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
 
 import structlog
