@@ -337,6 +337,14 @@ def test_options_that_are_shown_exist() -> None:
             assert name in known or name.startswith("CMAKE_"), name
 
 
+def test_the_sanitizers_commands_build_every_native_test() -> None:
+    programs = {path.stem for path in (ROOT / "tests/native").glob("*_test.cpp")}
+    for page in ("CONTRIBUTING.md", "docs/building.md"):
+        command = re.search(r"--build --preset cpu-asan --target ([\w ]+)", text_of(page))
+        assert command is not None
+        assert set(command[1].split()) == programs | {"tiny_model"}, page
+
+
 def test_every_preset_and_target_has_its_row() -> None:
     building = text_of("docs/building.md")
     for preset in PRESETS["configurePresets"]:
