@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from tiny_gguf import write_tiny_gguf
 
-# A shell without job control starts background commands with SIGINT ignored, and what they start
-# inherits that. The tests send it, so they begin as in the foreground.
+# A shell without job control starts background commands with SIGINT ignored, nohup with SIGHUP, and
+# what they start inherits that. The tests send both, so they begin as in the foreground.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
