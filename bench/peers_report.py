@@ -129,7 +129,7 @@ def draw(report: Report, path: Path, title: str) -> None:
 
     lines = [line for line in report.comparisons if line.how == "ratio"]
     axes_height = 0.32 * max(1, len(lines)) + 1.6
-    picture, axes = pyplot.subplots(figsize=(10, axes_height), layout="constrained")
+    picture, axes = pyplot.subplots(figsize=(11, axes_height), layout="constrained")
     try:
         for place, line in enumerate(lines):
             ratios = [_advantage(line, ratio) for ratio in line.figures]
@@ -146,8 +146,12 @@ def draw(report: Report, path: Path, title: str) -> None:
         axes.set_yticks(range(len(lines)), names, fontsize=8)
         axes.invert_yaxis()
         axes.set_xscale("log")
-        axes.set_xlabel("times as good as the other (thick mark: the goal; line: all rounds)")
-        axes.set_title(title, fontsize=9)
+        # Room for the figure beside the longest bar.
+        axes.set_xlim(right=axes.get_xlim()[1] * 1.5)
+        picture.supxlabel(
+            "times as good as the other (thick mark: the goal; thin line: all rounds)", fontsize=9
+        )
+        picture.suptitle(title, fontsize=9)
         picture.savefig(path, dpi=150, format="png")
     finally:
         pyplot.close(picture)

@@ -110,7 +110,8 @@ class TestContenders:
             sample = ours.generate("Hello, world!", 6)
             assert (sample.tokens, len(sample.token_ids)) == (6, 6)
             assert sum(tokens for _, tokens in sample.arrivals) == 6
-            assert 0.0 < sample.first_s < sample.last_s <= sample.total_s
+            # A model this small may be done before anybody looks.
+            assert 0.0 < sample.first_s <= sample.last_s <= sample.total_s
             assert sample.decode_rate > 0.0
             together = ours.together(["Hello", "Goodbye"], 5)
             assert [sample.tokens for sample in together] == [5, 5]
