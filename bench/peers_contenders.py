@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import math
 import socket
 import subprocess
 import sys
@@ -49,8 +50,9 @@ class Sample:
 
     @property
     def decode_rate(self) -> float:
-        """Tokens a second after the first step."""
-        return (self.tokens - self.first_tokens) / (self.last_s - self.first_s)
+        """Tokens a second after the first step; infinite where all came at once."""
+        seconds = self.last_s - self.first_s
+        return (self.tokens - self.first_tokens) / seconds if seconds > 0.0 else math.inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
