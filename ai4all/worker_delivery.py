@@ -114,6 +114,7 @@ class Delivery:
             await self._spool.commit(block_id, payload)
         except ResultConflict:
             # One block, one result: the first one that was kept is the one that counts.
+            self._unforgotten.pop(block_id, None)
             frame = dict(self._spool.pending())[block_id].decode("utf-8")
         except SpoolError as exc:
             _log.error("result_not_kept", block_id=block_id, error=str(exc))
@@ -125,9 +126,10 @@ class Delivery:
         """Let go of an earlier, acknowledged result of a block that was given to us again."""
         self._unkept.pop(block_id, None)
         if block_id in self._unforgotten:
+            # Whatever comes of it: from now on the block has a result that is to be kept.
+            del self._unforgotten[block_id]
             with contextlib.suppress(SpoolError):
                 await self._spool.forget(block_id)
-                del self._unforgotten[block_id]
 
     def acknowledged(self, block_id: str) -> None:
         """The coordinator has a result: the spool need not."""
@@ -196,15 +198,17 @@ class Delivery:
         """
         # What is forgotten makes room for what is to be kept.
         for block_id in [b for b in self._unforgotten if b not in self._unkept]:
-            await self._spool.forget(block_id)
-            del self._unforgotten[block_id]
+            # Meanwhile the block may have been given again, and have a new result.
+            if block_id in self._unforgotten:
+                await self._spool.forget(block_id)
+                self._unforgotten.pop(block_id, None)
         for block_id, payload in list(self._unkept.items()):
             with contextlib.suppress(ResultConflict):
                 await self._spool.commit(block_id, payload)
-            del self._unkept[block_id]
+            self._unkept.pop(block_id, None)
             if block_id in self._unforgotten:
                 await self._spool.forget(block_id)
-                del self._unforgotten[block_id]
+                self._unforgotten.pop(block_id, None)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

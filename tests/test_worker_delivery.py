@@ -5,7 +5,8 @@ import sqlite3
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import ujson
@@ -16,6 +17,8 @@ from ai4all import worker_delivery
 from ai4all.backend.fake import FakeBackend, ScriptedGeneration
 from ai4all.delivery.spool import MemorySpool, Spool
 from ai4all.errors import EngineCrashed, SpoolError
+from ai4all.protocol.session import Session
+from ai4all.worker_delivery import Delivery, never_begun
 from ai4all.worker_events import BlockAcknowledged
 
 
@@ -278,3 +281,40 @@ async def test_a_failure_that_could_not_be_forgotten_does_not_answer_for_the_nex
         False,
         True,
     ]
+
+
+@pytest.mark.usefixtures("soon")
+async def test_a_late_deletion_does_not_take_the_next_result_of_its_block_along() -> None:
+    class Slow(MemorySpool):
+        is_stuck = True
+        held = asyncio.Event()
+        go_on = asyncio.Event()
+
+        async def forget(self, block_id: str) -> None:
+            if self.is_stuck:
+                raise SpoolError("results.sqlite3", "the disk is full")
+            if block_id == "b-1":
+                self.held.set()
+                await self.go_on.wait()
+            await super().forget(block_id)
+
+    session = SimpleNamespace(
+        result_frame=lambda block_id, result: "the next",
+        send_result=lambda block_id, frame: None,
+        unacknowledged=(),
+    )
+    spool, ended = Slow(), asyncio.Event()
+    delivery = Delivery(spool, cast(Session, session), 1 << 20, ended.set)
+    for block_id in ("b-1", "b-2"):
+        await spool.commit(block_id, b"the first")
+        delivery.acknowledged(block_id)
+    while len(delivery._unforgotten) < 2:
+        await asyncio.sleep(0.001)
+    spool.is_stuck = False
+    await spool.held.wait()
+    # Block 2 was given again, and is done before the deletion of its first result has its turn.
+    await delivery.submit("b-2", never_begun(EngineCrashed("gone")))
+    spool.go_on.set()
+    await ended.wait()
+    assert spool.pending() == [("b-2", b"the next")]
+    await delivery.close()

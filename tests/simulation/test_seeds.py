@@ -45,6 +45,12 @@ def test_nothing_happens_that_must_not() -> None:
     assert any(why.startswith("during") for why in found.deaths)
 
 
+@pytest.mark.parametrize("seed", [8154, 8588, 9428])
+def test_seeds_that_once_showed_a_fault_show_none(seed: int) -> None:
+    # 8588: the late deletion of an acknowledged result took the block's next one along.
+    assert not run_one(seed, EVENTS, ()).faults
+
+
 def test_a_run_that_breaks_off_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object) -> None:
         raise RuntimeError("a bug of the simulation")

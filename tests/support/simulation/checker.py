@@ -58,6 +58,9 @@ class Checker:
         # How often a worker was told that it has a block, and how often it declined.
         self._given: dict[tuple[str, str], int] = {}
         self._declines: dict[tuple[str, str], int] = {}
+        # Which life of the worker it was in: the next one may not know yet, and hands it back.
+        self._lives: dict[str, int] = {}
+        self._declined_in: dict[tuple[str, str], int] = {}
         self._open: dict[tuple[str, str], _Attempt] = {}
         self._closed: dict[tuple[str, str], Kind] = {}
         self._results: dict[tuple[str, str], _Result] = {}
@@ -108,7 +111,8 @@ class Checker:
         if attempt is None:
             # A block that was given twice, before the first was declined, has two answers.
             is_answered = self._given[key] <= self._declines.get(key, 0)
-            if is_answered and self._closed.get(key) is Kind.DECLINED:
+            is_same_life = self._declined_in.get(key) == self._lives.get(record.worker, 0)
+            if is_answered and is_same_life and self._closed.get(key) is Kind.DECLINED:
                 self._fault(record, f"{record.worker} declined {record.block} and then sent it")
             return
         attempt.results[record.digest] = record.detail
@@ -124,6 +128,7 @@ class Checker:
         if attempt is not None and attempt.results:
             self._fault(record, f"{record.worker} sent {record.block} and then declined it")
         self._closed[key] = Kind.DECLINED
+        self._declined_in[key] = self._lives.get(record.worker, 0)
         self._declines[key] = self._declines.get(key, 0) + 1
 
     def _abandoned(self, record: Record) -> None:
@@ -168,6 +173,7 @@ class Checker:
     def _begin_opening(self, record: Record) -> None:
         self._opening = record.worker
         self._found[record.worker] = {}
+        self._lives[record.worker] = self._lives.get(record.worker, 0) + 1
 
     def _found_one(self, record: Record) -> None:
         self._found[record.worker][record.block] = record.digest
