@@ -132,8 +132,8 @@ def _device(told: dict[str, Any]) -> DeviceInfo:
         memory_mb=told["memory_total"] // _MIB,
         memory_free_mb=free,
         backend=backend,
-        address=told.get("id", ""),
-        driver=driver_of(backend, told.get("id", "")),
+        address=told["id"],
+        driver=driver_of(backend, told["id"]),
     )
 
 
@@ -278,10 +278,6 @@ class NativeBackend(InferenceBackend):
             build=_engine.build_info(),
             allow_cpu_fallback=options.allow_cpu_fallback,
         ).names
-        # Where there is no GPU to choose from, an extension built before devices had names will do.
-        chosen: dict[str, Any] = {}
-        if any(device.is_gpu for device in self._device_list):
-            chosen["devices"] = tuple(name.encode() for name in names)
         self._running = None
         stream, command = self._submit(
             lambda: self._engine.load(
@@ -299,7 +295,7 @@ class NativeBackend(InferenceBackend):
                 prefix_cache_bytes=options.prefix_cache_mb * _MIB,
                 draft_path=os.fsencode(options.draft.path) if options.draft is not None else b"",
                 draft_tokens=options.draft_tokens,
-                **chosen,
+                devices=tuple(name.encode() for name in names),
             ),
             to_load=(model, options),
         )
@@ -567,7 +563,7 @@ class NativeBackend(InferenceBackend):
             has_chat_template=shape["has_chat_template"],
             metadata=shape["metadata"],
             draft=options.draft,
-            placement=tuple(DeviceShare(**share) for share in shape.get("placement", ())),
+            placement=tuple(DeviceShare(**share) for share in shape["placement"]),
         )
         return _Running(loaded, shape, options)
 
