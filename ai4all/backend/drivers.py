@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["Card", "cards", "driver_of"]
+__all__ = ["Card", "PCI_DEVICES", "cards", "driver_of", "read_text"]
 
 _VENDORS: Final = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
 _TARGET_OF_VENDOR: Final = {"NVIDIA": "cuda", "AMD": "rocm", "Intel": "vulkan"}
 _MODULE_OF_BACKEND: Final = {"cuda": "nvidia", "rocm": "amdgpu"}
 _DISPLAY_CONTROLLER: Final = "0x03"
+
+PCI_DEVICES: Final = "sys/bus/pci/devices"
+"""Where the kernel shows each card in a folder named by its address, below the root."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +51,12 @@ def cards(root: Path = Path("/")) -> list[Card]:
 
 def _cards(root: Path) -> Iterator[Card]:
     try:
-        folders = sorted((root / "sys/bus/pci/devices").iterdir())
+        folders = sorted((root / PCI_DEVICES).iterdir())
     except OSError:
         return
     for folder in folders:
-        vendor = _VENDORS.get(_text(folder / "vendor") or "")
-        kind = _text(folder / "class") or ""
+        vendor = _VENDORS.get(read_text(folder / "vendor") or "")
+        kind = read_text(folder / "class") or ""
         if vendor is not None and kind.startswith(_DISPLAY_CONTROLLER):
             module = _module_at(folder)
             yield Card(folder.name, vendor, None if module is None else _version(module, root))
@@ -69,7 +72,7 @@ def driver_of(backend: str, address: str = "", root: Path = Path("/")) -> str | 
     """
     if backend == "metal" and sys.platform == "darwin":
         return f"macOS {platform.mac_ver()[0]}"
-    module = _module_at(root / "sys/bus/pci/devices" / address.lower()) if address else None
+    module = _module_at(root / PCI_DEVICES / address.lower()) if address else None
     module = module or _MODULE_OF_BACKEND.get(backend)
     return None if module is None else _version(module, root)
 
@@ -82,7 +85,7 @@ def _module_at(folder: Path) -> str | None:
 
 
 def _version(module: str, root: Path) -> str | None:
-    version = _text(root / "sys/module" / module / "version")
+    version = read_text(root / "sys/module" / module / "version")
     if version is not None:
         return f"{module} {version}"
     if not (root / "sys/module" / module).is_dir():
@@ -91,7 +94,9 @@ def _version(module: str, root: Path) -> str | None:
     return f"{module} of Linux {platform.release()}"
 
 
-def _text(file: Path) -> str | None:
+def read_text(file: Path) -> str | None:
+    """What a small file of the kernel says; None where it says nothing, or cannot be read."""
+    # A card that sleeps answers some of these with an error.
     with contextlib.suppress(OSError, UnicodeDecodeError):
         return file.read_text(encoding="utf-8").strip() or None
     return None

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from ai4all.backend.base import GpuFigures
+from ai4all.backend.drivers import PCI_DEVICES, cards, read_text
 
 __all__ = ["AmdProbe", "NvidiaProbe", "Probe", "bus_address"]
 
 _MIB: Final = 1024 * 1024
-_AMD: Final = "0x1002"
-_DISPLAY_CONTROLLER: Final = "0x03"
 
 
 class Probe(Protocol):
@@ -92,13 +91,8 @@ class AmdProbe:
 
     def read(self) -> dict[str, GpuFigures]:
         """See ``Probe.read``."""
-        return {folder.name: _amd_figures(folder) for folder in self._cards()}
-
-    def _cards(self) -> Iterator[Path]:
-        for folder in sorted((self._root / "sys/bus/pci/devices").iterdir()):
-            kind = _text(folder / "class") or ""
-            if _text(folder / "vendor") == _AMD and kind.startswith(_DISPLAY_CONTROLLER):
-                yield folder
+        addresses = [card.address for card in cards(self._root) if card.vendor == "AMD"]
+        return {each: _amd_figures(self._root / PCI_DEVICES / each) for each in addresses}
 
 
 def _amd_figures(folder: Path) -> GpuFigures:
@@ -121,14 +115,7 @@ def _amd_figures(folder: Path) -> GpuFigures:
 
 
 def _number(file: Path) -> float | None:
-    text = _text(file)
+    text = read_text(file)
     with contextlib.suppress(ValueError):
         return float(int(text)) if text is not None else None
-    return None
-
-
-def _text(file: Path) -> str | None:
-    # A card that sleeps answers some of these with an error.
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        return file.read_text(encoding="utf-8").strip() or None
     return None

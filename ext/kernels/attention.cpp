@@ -86,6 +86,28 @@ struct rows {
     int64_t count() const { return (token_end - token) * n_heads(); }
 };
 
+// Where the rows' keys and values are, and their queries.
+struct operands {
+    const ggml_tensor *q, *k, *v;
+    const char *       keys;
+    const char *       values;
+
+    operands(const ggml_tensor * op, const rows & of)
+        : q(op->src[0]),
+          k(op->src[1]),
+          v(op->src[2]),
+          keys(static_cast<const char *>(k->data) + of.head / (q->ne[2] / k->ne[2]) * k->nb[2]),
+          values(static_cast<const char *>(v->data) + of.head / (q->ne[2] / v->ne[2]) * v->nb[2]) {}
+
+    // A query in half precision, as ggml multiplies it.
+    void query(int64_t token, int64_t head, ggml_fp16_t * to) const {
+        const char * at = static_cast<const char *>(q->data) + token * q->nb[1] + head * q->nb[2];
+        ggml_get_type_traits_cpu(GGML_TYPE_F16)->from_float(reinterpret_cast<const float *>(at), to, q->ne[0]);
+    }
+    const char * key(int64_t cell) const { return keys + cell * k->nb[1]; }
+    const char * value(int64_t cell) const { return values + cell * v->nb[1]; }
+};
+
 struct softmax {
     float M = -INFINITY;
     float S = 0.0f;
@@ -128,22 +150,15 @@ constexpr bool faster = false;
 template <typename Place>
 void attend(const ggml_tensor * op, const shape & s, const rows & of, int64_t begin, int64_t end, float * scratch,
             Place to) {
-    const ggml_tensor * q       = op->src[0];
-    const ggml_tensor * k       = op->src[1];
-    const ggml_tensor * v       = op->src[2];
-    const float         scale   = parameter(op, 0);
-    const auto          vec_dot = ggml_get_type_traits_cpu(k->type)->vec_dot;
-    const auto          convert = ggml_get_type_traits_cpu(GGML_TYPE_F16)->from_float;
-    const char *        keys    = static_cast<const char *>(k->data) + of.head / (s.n_heads / k->ne[2]) * k->nb[2];
-    const char *        values  = static_cast<const char *>(v->data) + of.head / (s.n_heads / v->ne[2]) * v->nb[2];
-    auto *              query   = reinterpret_cast<ggml_fp16_t *>(scratch);
-    auto *              sum     = reinterpret_cast<ggml_fp16_t *>(scratch + s.dim_k);
+    const operands from(op, of);
+    const float    scale   = parameter(op, 0);
+    const auto     vec_dot = ggml_get_type_traits_cpu(from.k->type)->vec_dot;
+    auto *         query   = reinterpret_cast<ggml_fp16_t *>(scratch);
+    auto *         sum     = reinterpret_cast<ggml_fp16_t *>(scratch + s.dim_k);
     for (int64_t row = 0; row < of.count(); ++row) {
         const int64_t token = of.token + row / of.n_heads();
         const int64_t head  = of.head + row % of.n_heads();
-        convert(
-            reinterpret_cast<const float *>(static_cast<const char *>(q->data) + token * q->nb[1] + head * q->nb[2]),
-            query, s.dim_k);
+        from.query(token, head, query);
         std::fill(sum, sum + s.dim_v, ggml_fp16_t{0});
         softmax state;
         for (int64_t cell = begin; cell < end; cell += block_cells) {
@@ -151,7 +166,7 @@ void attend(const ggml_tensor * op, const shape & s, const rows & of, int64_t be
             float     scores[block_cells];
             weights   by;
             for (int i = 0; i < n; ++i) {
-                vec_dot(static_cast<int>(s.dim_k), scores + i, 0, keys + (cell + i) * k->nb[1], 0, query, 0, 1);
+                vec_dot(static_cast<int>(s.dim_k), scores + i, 0, from.key(cell + i), 0, query, 0, 1);
             }
             weigh(mask_of(op, token) + cell, scale, scores, n, state, by);
             for (int i = 0; i < by.count; ++i) {
@@ -159,8 +174,7 @@ void attend(const ggml_tensor * op, const shape & s, const rows & of, int64_t be
                     ggml_vec_scale_f16(static_cast<int>(s.dim_v), sum, by.scale[i]);
                 }
                 ggml_vec_mad_f16(static_cast<int>(s.dim_v), sum,
-                                 reinterpret_cast<const ggml_fp16_t *>(values + (cell + by.cell[i]) * v->nb[1]),
-                                 by.weight[i]);
+                                 reinterpret_cast<const ggml_fp16_t *>(from.value(cell + by.cell[i])), by.weight[i]);
             }
         }
         float * place = to(token, head);
@@ -186,27 +200,19 @@ bool sees_any(const ggml_fp16_t * mask, int n) {
 template <typename Place>
 void attend(const ggml_tensor * op, const shape & s, const rows & of, int64_t begin, int64_t end, float * scratch,
             Place to) {
-    const ggml_tensor * q           = op->src[0];
-    const ggml_tensor * k           = op->src[1];
-    const ggml_tensor * v           = op->src[2];
-    const float         scale       = parameter(op, 0);
-    const auto          convert     = ggml_get_type_traits_cpu(GGML_TYPE_F16)->from_float;
-    const auto          score_block = s.dim_k == 64 ? score<64> : s.dim_k == 128 ? score<128> : score<0>;
-    const char *        keys        = static_cast<const char *>(k->data) + of.head / (s.n_heads / k->ne[2]) * k->nb[2];
-    const char *        values      = static_cast<const char *>(v->data) + of.head / (s.n_heads / v->ne[2]) * v->nb[2];
-
-    float * block_keys   = scratch;
-    float * block_values = block_keys + block_cells * s.dim_k;
-    float * queries      = block_values + block_cells * s.dim_v;
-    auto *  half         = reinterpret_cast<ggml_fp16_t *>(block_keys);
+    const operands from(op, of);
+    const float    scale        = parameter(op, 0);
+    const auto     score_block  = s.dim_k == 64 ? score<64> : s.dim_k == 128 ? score<128> : score<0>;
+    float *        block_keys   = scratch;
+    float *        block_values = block_keys + block_cells * s.dim_k;
+    float *        queries      = block_values + block_cells * s.dim_v;
+    auto *         half         = reinterpret_cast<ggml_fp16_t *>(block_keys);
     for (int64_t row = 0; row < of.count(); ++row) {
         const int64_t token = of.token + row / of.n_heads();
         const int64_t head  = of.head + row % of.n_heads();
-        convert(
-            reinterpret_cast<const float *>(static_cast<const char *>(q->data) + token * q->nb[1] + head * q->nb[2]),
-            half, s.dim_k);
+        from.query(token, head, half);
         for (int64_t d = 0; d < s.dim_k; d += lanes) {
-            store(queries + row * s.dim_k + d, widen(half + d));
+            GGML_F32_VEC_STORE(queries + row * s.dim_k + d, GGML_F16_DOT_VEC_LOAD(half + d, 0));
         }
         float * place = to(token, head);
         place[0]      = -INFINITY;
@@ -223,8 +229,8 @@ void attend(const ggml_tensor * op, const shape & s, const rows & of, int64_t be
                 continue;
             }
             if (!ready) {
-                widen_block(keys + cell * k->nb[1], k->nb[1], s.dim_k, n, n_next, block_keys);
-                widen_block(values + cell * v->nb[1], v->nb[1], s.dim_v, n, n_next, block_values);
+                widen_block(from.key(cell), from.k->nb[1], s.dim_k, n, n_next, block_keys);
+                widen_block(from.value(cell), from.v->nb[1], s.dim_v, n, n_next, block_values);
                 ready = true;
             }
             float * place = to(token, of.head + row % of.n_heads());

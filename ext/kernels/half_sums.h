@@ -15,57 +15,19 @@ namespace ai4all::kernels {
 
 namespace {
 
-// The arithmetic of ggml's vectors of half precision: numbers in single, sums rounded to half after
-// every step. Here they stay in registers meanwhile.
+// ggml's vectors of single precision: what is in half precision is widened, and sums are rounded to half
+// after every step.
+using vec           = GGML_F32_VEC;
+constexpr int lanes = GGML_F32_EPR;
+
+inline vec halve(vec x) {
 #if defined(__AVX512F__)
-constexpr int lanes = 16;
-using vec           = __m512;
-inline vec load(const float * from) {
-    return _mm512_loadu_ps(from);
-}
-inline vec widen(const ggml_fp16_t * from) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
-}
-inline void store(float * to, vec x) {
-    _mm512_storeu_ps(to, x);
-}
-inline vec all(float x) {
-    return _mm512_set1_ps(x);
-}
-inline vec mul(vec a, vec b) {
-    return _mm512_mul_ps(a, b);
-}
-inline vec fma(vec a, vec b, vec c) {
-    return _mm512_fmadd_ps(a, b, c);
-}
-inline vec halve(vec x) {
     return _mm512_cvtph_ps(_mm512_cvtps_ph(x, 0));
-}
 #else
-constexpr int lanes = 8;
-using vec           = __m256;
-inline vec load(const float * from) {
-    return _mm256_loadu_ps(from);
-}
-inline vec widen(const ggml_fp16_t * from) {
-    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
-}
-inline void store(float * to, vec x) {
-    _mm256_storeu_ps(to, x);
-}
-inline vec all(float x) {
-    return _mm256_set1_ps(x);
-}
-inline vec mul(vec a, vec b) {
-    return _mm256_mul_ps(a, b);
-}
-inline vec fma(vec a, vec b, vec c) {
-    return _mm256_fmadd_ps(a, b, c);
-}
-inline vec halve(vec x) {
     return _mm256_cvtph_ps(_mm256_cvtps_ph(x, 0));
-}
 #endif
+}
+
 constexpr int wide = 64 / lanes;
 constexpr int step = 4 * lanes;  // ggml adds products up in four vectors, and a rest one by one
 
@@ -79,7 +41,7 @@ void widen_block(const char * from, size_t stride, int64_t dim, int n, int n_nex
             _mm_prefetch(next + at, _MM_HINT_T0);
         }
         for (int64_t d = 0; d < dim; d += lanes) {
-            store(to + i * dim + d, widen(row + d));
+            GGML_F32_VEC_STORE(to + i * dim + d, GGML_F16_DOT_VEC_LOAD(row + d, 0));
         }
     }
 }
@@ -87,11 +49,12 @@ void widen_block(const char * from, size_t stride, int64_t dim, int n, int n_nex
 // The product of a query with a key, in four vectors: in the order of ggml_vec_dot_f16.
 inline void multiply(const float * query, const float * key, int64_t dim, vec (&sum)[4]) {
     for (vec & part : sum) {
-        part = all(0.0f);
+        part = GGML_F32_VEC_ZERO;
     }
     for (int64_t d = 0; d < dim; d += step) {
         for (int j = 0; j < 4; ++j) {
-            sum[j] = fma(load(key + d + j * lanes), load(query + d + j * lanes), sum[j]);
+            sum[j] = GGML_F32_VEC_FMA(sum[j], GGML_F32_VEC_LOAD(key + d + j * lanes),
+                                      GGML_F32_VEC_LOAD(query + d + j * lanes));
         }
     }
 }
@@ -134,23 +97,23 @@ template <int n_vectors>
 void add_values(const weights & by, const float * values, int64_t dim, float * to) {
     vec sum[n_vectors];
     for (int j = 0; j < n_vectors; ++j) {
-        sum[j] = load(to + j * lanes);
+        sum[j] = GGML_F32_VEC_LOAD(to + j * lanes);
     }
     for (int i = 0; i < by.count; ++i) {
         const float * value = values + by.cell[i] * dim;
         if (by.scale[i] != 1.0f) {
-            const vec scale = all(by.scale[i]);
+            const vec scale = GGML_F32_VEC_SET1(by.scale[i]);
             for (int j = 0; j < n_vectors; ++j) {
-                sum[j] = halve(mul(sum[j], scale));
+                sum[j] = halve(GGML_F32_VEC_MUL(sum[j], scale));
             }
         }
-        const vec weight = all(by.weight[i]);
+        const vec weight = GGML_F32_VEC_SET1(by.weight[i]);
         for (int j = 0; j < n_vectors; ++j) {
-            sum[j] = halve(fma(load(value + j * lanes), weight, sum[j]));
+            sum[j] = halve(GGML_F32_VEC_FMA(sum[j], GGML_F32_VEC_LOAD(value + j * lanes), weight));
         }
     }
     for (int j = 0; j < n_vectors; ++j) {
-        store(to + j * lanes, sum[j]);
+        GGML_F32_VEC_STORE(to + j * lanes, sum[j]);
     }
 }
 
