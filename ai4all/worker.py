@@ -224,6 +224,8 @@ class Worker:
         self._leave_by: float | None = None
         self._all_acknowledged = asyncio.Event()
         self._clock_is_compared = False
+        # Bound once: the module's logger is looked up anew at each use.
+        self._log = _log.bind()
 
     def _describe(self) -> WorkerCapabilities:
         return describe_worker(
@@ -440,7 +442,7 @@ class Worker:
 
     def _on_acknowledged(self, block_id: str, accepted: bool, error: str | None) -> None:
         if accepted:
-            _log.debug("result_accepted", block_id=block_id)
+            self._log.debug("result_accepted", block_id=block_id)
         else:
             _log.warning("result_refused", block_id=block_id, reason=error)
         self._observe(BlockAcknowledged(block_id, accepted, error))
@@ -529,7 +531,7 @@ class Worker:
 
     async def _run(self, block: Block) -> None:
         assignment = block.assignment
-        _log.debug(
+        self._log.debug(
             "block_started",
             block_id=block.block_id,
             task_type=assignment.task_type.value,
@@ -577,7 +579,16 @@ class Worker:
             await self._delivery.submit(block_id, result)
         self._connection.flush()
         # Nobody waits for the log; the coordinator waits for the result, which is written now.
-        asyncio.get_running_loop().call_soon(_log_end, block_id, result, begun)
+        asyncio.get_running_loop().call_soon(self._log_end, block_id, result, begun)
+
+    def _log_end(self, block_id: str, result: TaskResult, begun: bool) -> None:
+        self._log.info(
+            "block_finished" if begun else "block_refused",
+            block_id=block_id,
+            success=result.success,
+            code=result.error.code.value if result.error is not None else None,
+            total_ms=round(result.metrics.total_time_ms, 1),
+        )
 
 
 def _options_for(options: WorkerOptions) -> Callable[[ModelFile], EngineOptions]:
@@ -611,16 +622,6 @@ class _ProgressStream:
         """The held text is on its way."""
         self._held.clear()
         self._sent_at = self._clock.monotonic()
-
-
-def _log_end(block_id: str, result: TaskResult, begun: bool) -> None:
-    _log.info(
-        "block_finished" if begun else "block_refused",
-        block_id=block_id,
-        success=result.success,
-        code=result.error.code.value if result.error is not None else None,
-        total_ms=round(result.metrics.total_time_ms, 1),
-    )
 
 
 def _note(event: SessionEvent) -> None:

@@ -14,7 +14,7 @@ import hashlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,12 @@ from control_plane import ControlPlane, Load, fsync_ms, logging_to_file
 from load_coordinator import MODEL_ID
 from tiny_gguf import write_tiny_gguf
 
-from ai4all.backend.base import EngineOptions, GenerateRequest, InferenceBackend
+from ai4all.backend.base import (
+    EngineOptions,
+    GenerateRequest,
+    GenerationEvent,
+    InferenceBackend,
+)
 from ai4all.backend.fake import FakeBackend
 from ai4all.backend.registry import describe, open_backend
 from ai4all.delivery.spool import MemorySpool, ResultSpool, Spool
@@ -48,6 +53,21 @@ RAM = Path("/dev/shm")
 SPOOLS = ["memory", *(["ram"] if RAM.is_dir() else []), "disk"]
 
 ENGINE = EngineOptions(n_ctx=512, n_slots=4, threads=1)
+
+
+class NullBackend(FakeBackend):
+    """Computes nothing, not even what a fake one does: every answer is the first one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._events: list[GenerationEvent] = []
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerationEvent, None]:
+        if not self._events:
+            self._events = [event async for event in super().generate(request)]
+        await asyncio.sleep(0)
+        for event in self._events:
+            yield event
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +172,7 @@ def test_throughput(
 ) -> None:
     """P8: tasks of one token of a backend that computes nothing, until they are acknowledged."""
     loads: list[Load] = []
-    with ControlPlane(tiny, FakeBackend, opener(spool, directory), in_flight=in_flight) as plane:
+    with ControlPlane(tiny, NullBackend, opener(spool, directory), in_flight=in_flight) as plane:
         benchmark.pedantic(
             lambda: loads.append(plane.compute(TASKS, task_input(1))), rounds=10, warmup_rounds=2
         )

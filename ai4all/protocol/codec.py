@@ -157,7 +157,7 @@ def encode(message: Message, envelope: Envelope | None = None) -> str:
         own = {name: body.pop(name) for name in ("id", "timestamp", "version")}
         # The envelope comes last, where a reader of a log looks for it last.
         if envelope is not None:
-            body |= envelope.model_dump(mode="json")
+            body |= envelope.to_wire()
         else:
             body |= {name: value for name, value in own.items() if value is not None}
         for path, names in message.OMITTED_WHEN_NONE.items():

@@ -8,8 +8,9 @@ protocol reads frames it expects. ``codec`` does the leaving out, by ``OMITTED_W
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
-from typing import Annotated, Any, ClassVar, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import (
     BaseModel,
@@ -182,7 +183,8 @@ class ProtocolVersion(WireModel):
 PROTOCOL_VERSION: Final = ProtocolVersion(major=1, minor=0, patch=0)
 
 
-class Envelope(WireModel):
+@dataclass(frozen=True, slots=True)
+class Envelope:
     """What every frame we send carries besides its message.
 
     Attributes:
@@ -192,8 +194,21 @@ class Envelope(WireModel):
     """
 
     id: str
-    timestamp: Timestamp
+    timestamp: datetime
     version: ProtocolVersion = PROTOCOL_VERSION
+
+    def to_wire(self) -> dict[str, Any]:
+        """Its fields as a frame has them."""
+        version = self.version
+        return {
+            "id": self.id,
+            "timestamp": format_timestamp(self.timestamp),
+            "version": {
+                "major": version.major,
+                "minor": version.minor,
+                "patch": version.patch,
+            },
+        }
 
 
 class Message(WireModel):
@@ -202,16 +217,6 @@ class Message(WireModel):
     id: str | None = None
     timestamp: Timestamp | None = None
     version: ProtocolVersion | None = None
-
-    def stamped(self, envelope: Envelope) -> Self:
-        """This message under ``envelope``."""
-        return self.model_copy(
-            update={
-                "id": envelope.id,
-                "timestamp": envelope.timestamp,
-                "version": envelope.version,
-            }
-        )
 
 
 # What the worker says about itself.

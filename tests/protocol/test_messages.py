@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ai4all.protocol.messages import (
-    Envelope,
     RequestWork,
     format_timestamp,
     parse_timestamp,
@@ -82,18 +81,6 @@ def test_messages_do_not_change() -> None:
     message = RequestWork(worker_id="w-1")
     with pytest.raises(ValidationError):
         message.worker_id = "w-2"  # type: ignore[misc]
-
-
-def test_stamping_makes_a_copy() -> None:
-    message = RequestWork(worker_id="w-1")
-    envelope = Envelope(id="e", timestamp=datetime(2030, 1, 1, tzinfo=UTC))
-    stamped = message.stamped(envelope)
-    assert (stamped.id, stamped.timestamp, stamped.version) == (
-        "e",
-        envelope.timestamp,
-        envelope.version,
-    )
-    assert message.id is None
 
 
 @pytest.mark.parametrize(("given_share", "sent"), [(-0.5, 0.0), (0.25, 0.25), (1.5, 1.0)])
