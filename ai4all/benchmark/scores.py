@@ -36,7 +36,7 @@ _Count = Annotated[int, Field(ge=0)]
 class _Kept(BaseModel):
     """Base of what is kept on disk: immutable, finite, blind to fields of later versions."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, defer_build=True)
 
 
 class BenchmarkKey(_Kept):

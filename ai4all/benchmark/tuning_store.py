@@ -30,7 +30,7 @@ _Rate = Annotated[float, Field(gt=0.0)] | None
 
 
 class _Kept(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, defer_build=True)
 
 
 class TuningKey(_Kept):

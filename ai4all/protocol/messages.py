@@ -163,7 +163,9 @@ _Identifier = Annotated[str, Field(min_length=1, max_length=1024)]
 class WireModel(BaseModel):
     """Base of everything here: immutable, strict, blind to unknown fields."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="ignore", allow_inf_nan=False, defer_build=True
+    )
 
     OMITTED_WHEN_NONE: ClassVar[dict[str, tuple[str, ...]]] = {}
     """Fields to leave out when None, by the path of the object that holds them ("" is the top)."""

@@ -97,7 +97,9 @@ class ErrorCode(enum.StrEnum):
 class _Wire(BaseModel):
     """Base of everything that crosses the wire: immutable, strict, blind to unknown fields."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="ignore", allow_inf_nan=False, defer_build=True
+    )
 
 
 def _from_name(kind: type[enum.StrEnum]) -> BeforeValidator:
