@@ -48,6 +48,8 @@ _CONTENT_KEYS = frozenset(
         "prompt", "question", "system_prompt", "text", "texts",
     }
 )  # fmt: skip
+# What is in every event, and is put there after whatever an event may bring along.
+_OWN_KEYS = frozenset({"_from_structlog", "_record", "level", "logger", "timestamp"})
 _BLANK = re.compile(r"\s")
 _BEARER = re.compile(r"\b(bearer|basic)\s+[^\s'\",;]+", re.IGNORECASE)
 _HEADER = re.compile(
@@ -201,7 +203,7 @@ def _formatter(
         logger: Any, name: str, event: MutableMapping[str, Any]
     ) -> MutableMapping[str, Any]:
         # After the traceback became text: it may quote anything.
-        kept = {key: event[key] for key in ("_record", "_from_structlog") if key in event}
+        kept = {key: event[key] for key in _OWN_KEYS if key in event}
         rest = {key: value for key, value in event.items() if key not in kept}
         return {**redact(rest, (*_newer_secrets, *secrets)), **kept}
 

@@ -59,6 +59,7 @@ __all__ = [
     "decode_server_message",
     "describe_invalid",
     "encode",
+    "put_under",
 ]
 
 
@@ -156,18 +157,25 @@ def encode(message: Message, envelope: Envelope | None = None) -> str:
         body = message.model_dump(mode="json")
         own = {name: body.pop(name) for name in ("id", "timestamp", "version")}
         # The envelope comes last, where a reader of a log looks for it last.
-        if envelope is not None:
-            body |= envelope.to_wire()
-        else:
+        if envelope is None:
             body |= {name: value for name, value in own.items() if value is not None}
         for path, names in message.OMITTED_WHEN_NONE.items():
             _omit(body, path, names)
-        text = ujson.dumps(body, ensure_ascii=False, escape_forward_slashes=False, allow_nan=False)
+        text = _dumps(body)
         if not text.isascii():
             text.encode("utf-8")  # Raises on a lone surrogate, which no frame can hold.
     except (OverflowError, TypeError, ValueError) as exc:
         raise LocalProtocolError(f"a {type(message).__name__} that JSON cannot hold") from exc
-    return text
+    return text if envelope is None else put_under(text, envelope)
+
+
+def put_under(text: str, envelope: Envelope) -> str:
+    """The text of a frame without an envelope, under one."""
+    return f"{text[:-1]},{_dumps(envelope.to_wire())[1:]}"
+
+
+def _dumps(value: dict[str, Any]) -> str:
+    return ujson.dumps(value, ensure_ascii=False, escape_forward_slashes=False, allow_nan=False)
 
 
 def _omit(body: dict[str, Any], path: str, names: tuple[str, ...]) -> None:

@@ -29,6 +29,7 @@ from ai4all.protocol.codec import (
     UnknownMessage,
     decode_server_message,
     encode,
+    put_under,
 )
 from ai4all.protocol.events import (
     AssignmentUnfit,
@@ -148,6 +149,8 @@ class Session:
         self.degraded: str | None = None
         self.options = options or SessionOptions()
         self._envelope = envelope
+        # Said once a block, and always the same.
+        self._request_work = encode(RequestWork(worker_id=worker_id))
         self._state = State.DISCONNECTED
         self._events: deque[SessionEvent] = deque()
         self._outgoing: deque[str] = deque()
@@ -233,19 +236,16 @@ class Session:
 
     def next_deadline(self) -> float | None:
         """When ``receive_timeout`` wants to be called, on the clock of ``now``."""
-        return min(
-            (
-                due
-                for due in (
-                    self._registration_due,
-                    self._heartbeat_due,
-                    self._answer_due,
-                    self._retry_at,
-                )
-                if due is not None
-            ),
-            default=None,
-        )
+        first: float | None = None
+        for due in (
+            self._registration_due,
+            self._heartbeat_due,
+            self._answer_due,
+            self._retry_at,
+        ):
+            if due is not None and (first is None or due < first):
+                first = due
+        return first
 
     # The shell's news.
 
@@ -457,7 +457,7 @@ class Session:
         if not self.may_request_work:
             raise LocalProtocolError("RequestWork before it is due")
         self._state = state
-        self._send(RequestWork(worker_id=self.worker_id))
+        self._outgoing.append(put_under(self._request_work, self._envelope()))
         self._outstanding_requests += 1
         self._answer_due = now + self.options.answer_timeout
 

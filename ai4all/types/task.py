@@ -14,9 +14,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     StringConstraints,
-    model_serializer,
 )
 
 __all__ = [
@@ -244,22 +242,15 @@ class TokenLogprobs(TokenLikelihood):
     top: list[TokenLikelihood] = Field(default_factory=list)
 
 
-class _Generated(_Wire):
-    """Output of a task that generates. ``logprobs`` is there only when the input asks for it."""
-
-    logprobs: list[TokenLogprobs] | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_absent_logprobs(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = write(self)
-        logprobs = fields.pop("logprobs", None)
-        if logprobs is not None:
-            # The first protocol does not know the field, so it comes last and not as null.
-            fields["logprobs"] = logprobs
-        return fields
+def _is_absent(value: object) -> bool:
+    return value is None
 
 
-class TextCompletionOutput(_Generated):
+# There only when the input asks for it, and last: the first protocol does not know it.
+_Logprobs = Annotated[list[TokenLogprobs] | None, Field(exclude_if=_is_absent)]
+
+
+class TextCompletionOutput(_Wire):
     """Output of ``TEXT_COMPLETION``."""
 
     task_type: Literal["TEXT_COMPLETION"] = "TEXT_COMPLETION"
@@ -267,6 +258,7 @@ class TextCompletionOutput(_Generated):
     finish_reason: Annotated[FinishReason, _from_name(FinishReason)]
     usage: Usage
     generation_time_ms: _Count
+    logprobs: _Logprobs = None
 
 
 class EmbeddingsOutput(_Wire):
@@ -293,7 +285,7 @@ class ClassificationOutput(_Wire):
     usage: Usage
 
 
-class QuestionAnsweringOutput(_Generated):
+class QuestionAnsweringOutput(_Wire):
     """Output of ``QUESTION_ANSWERING``; spans are ``[start, end)`` in characters of the context."""
 
     task_type: Literal["QUESTION_ANSWERING"] = "QUESTION_ANSWERING"
@@ -301,15 +293,17 @@ class QuestionAnsweringOutput(_Generated):
     confidence: float
     evidence_spans: list[_Span]
     usage: Usage
+    logprobs: _Logprobs = None
 
 
-class SummarizationOutput(_Generated):
+class SummarizationOutput(_Wire):
     """Output of ``SUMMARIZATION``; the ratio is summary words over text words."""
 
     task_type: Literal["SUMMARIZATION"] = "SUMMARIZATION"
     summary: str
     compression_ratio: float
     usage: Usage
+    logprobs: _Logprobs = None
 
 
 class ValidationOutput(_Wire):
@@ -377,17 +371,9 @@ class Fingerprint(_Wire):
     deterministic: bool
     prefix_reused: int
     batched_with: int
-    draft_model_sha256: str | None = None
+    draft_model_sha256: Annotated[str | None, Field(exclude_if=_is_absent)] = None
     """Of the model that drafted tokens for the one that computed; None: none did."""
     output_tokens_sha256: str
-
-    @model_serializer(mode="wrap")
-    def _without_absent_draft_model(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = write(self)
-        # A worker without a draft model says what it said before there were any.
-        if fields.get("draft_model_sha256") is None:
-            fields.pop("draft_model_sha256", None)
-        return fields
 
 
 class TaskResult(_Wire):
