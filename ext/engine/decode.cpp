@@ -97,7 +97,8 @@ void engine::impl::plan_draft(slot & place) {
     }
     const size_t left =
         std::min<size_t>(params.max_tokens - place.n_sampled, model->info().n_ctx + 1 - place.tokens.size());
-    const size_t room = left > 0 ? left - 1 : 0;
+    // A draft that is verified in another order of sums could end in another text.
+    const size_t room = std::min<size_t>(left > 0 ? left - 1 : 0, model->info().n_exact_batch - 1);
     place.drafted     = place.drafter.draft(place.tokens, room, cost);
     place.by_model    = false;
     if (draft && (place.drafted.empty() || !place.drafter.is_quotation())) {

@@ -89,6 +89,7 @@ struct model_info {
     int32_t                                          n_embd            = 0;
     int32_t                                          n_threads         = 0;
     int32_t                                          n_threads_batch   = 0;
+    int32_t                                          n_exact_batch     = 1;  // tokens; see exact_batch.h
     uint64_t                                         n_params          = 0;
     uint64_t                                         size_bytes        = 0;
     bool                                             has_chat_template = false;

@@ -7,6 +7,7 @@
 #include "chat_template.h"
 #include "common.h"
 #include "cpu_layouts.h"
+#include "exact_batch.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 #include "log_sink.h"
@@ -113,6 +114,9 @@ loaded_model::loaded_model(const load_params & params, const std::function<bool(
     templates_ = read_chat_template(model_.get());
     batch_     = llama_batch_init(static_cast<int32_t>(llama_n_batch(ctx_.get())), 0, 1);
     describe(params);
+    if (!lender && can_reuse_ && llama_model_has_decoder(model_.get())) {
+        info_.n_exact_batch = longest_exact_batch(model_.get(), static_cast<int32_t>(longest_draft) + 1);
+    }
 }
 
 loaded_model::~loaded_model() {

@@ -17,7 +17,7 @@ from ai4all.backend.base import (
     PromptProgress,
     ScoreRequest,
 )
-from ai4all.backend.native import NativeBackend
+from ai4all.backend.native import NativeBackend, quantize_file
 from ai4all.types.model import ModelFile
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
@@ -82,6 +82,35 @@ async def test_speculation_does_not_change_greedy_output(
     assert plain.draft_tokens == 0
     assert drafted.draft_accepted <= drafted.draft_tokens
     assert drafted.token_ids == plain.token_ids
+
+
+@pytest.mark.parametrize("weights", ["Q4_K_M", "F16"])
+async def test_other_weights_are_verified_no_further_than_exactly(
+    reference_model: Path, tmp_path: Path, weights: str
+) -> None:
+    """Kernels for many tokens at once add up otherwise than those for one, in some formats."""
+    path = tmp_path / "model.gguf"
+    await asyncio.to_thread(quantize_file, reference_model, path, weights, 2)
+    file = ModelFile("model", path, "0" * 64, 0)
+    # Its own draft model, so that whole drafts are right, and as long as they may be.
+    options = EngineOptions(n_ctx=256, threads=1, draft=file, draft_tokens=16)
+    async with NativeBackend() as backend:
+        await backend.load(file, options)
+        plain, drafted = [
+            await backend.complete(
+                greedy(
+                    "List three uses for a brick:\n1.",
+                    24,
+                    ignore_eos=True,
+                    speculate=on,
+                    reuse_prefix=False,
+                    logprobs=0,
+                )
+            )
+            for on in (False, True)
+        ]
+    # To the last bit: another word comes of other bits only now and then.
+    assert drafted.logprobs == plain.logprobs
 
 
 async def test_a_long_prompt_can_be_cancelled_in_the_middle(backend: NativeBackend) -> None:
