@@ -51,19 +51,25 @@ REQUESTS = [
 
 
 @pytest.fixture(scope="module")
-def close(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
-    """The tiny model once more, its weights rounded: mostly right, at times wrong."""
-    folder = tmp_path_factory.mktemp("draft")
-    return file_of(write_tiny_gguf(folder / "close.gguf", weight_type=Q8_0))
+def target(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
+    """The tiny model, in a format whose products are the same for one token and for several."""
+    folder = tmp_path_factory.mktemp("target")
+    return file_of(write_tiny_gguf(folder / "target.gguf", weight_type=Q8_0))
+
+
+@pytest.fixture
+def close(tiny_model: Path) -> ModelFile:
+    """The same with its weights as they were: mostly right, at times wrong."""
+    return file_of(tiny_model)
 
 
 @pytest.fixture(params=[NativeBackend, IsolatedBackend])
 async def backend(
-    request: pytest.FixtureRequest, tiny_model: Path, close: ModelFile
+    request: pytest.FixtureRequest, target: ModelFile, close: ModelFile
 ) -> AsyncIterator[InferenceBackend]:
     make: Callable[[], InferenceBackend] = request.param
     async with make() as backend:
-        await backend.load(file_of(tiny_model), replace(OPTIONS, draft=close))
+        await backend.load(target, replace(OPTIONS, draft=close))
         yield backend
 
 

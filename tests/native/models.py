@@ -12,9 +12,10 @@ from tiny_gguf import Q8_0, write_tiny_gguf
 
 def main(folder: Path) -> None:
     """Write the tiny model, and what may stand beside it as its draft model."""
-    write_tiny_gguf(folder / "tiny.gguf")
+    # In a format whose products are the same for one token and for several: it can be drafted for.
+    write_tiny_gguf(folder / "tiny.gguf", weight_type=Q8_0)
     write_tiny_gguf(folder / "other.gguf", seed=1)
-    write_tiny_gguf(folder / "close.gguf", weight_type=Q8_0)
+    write_tiny_gguf(folder / "close.gguf")
     write_tiny_gguf(folder / "strange.gguf", renamed={300: "nowhere"})
     write_tiny_gguf(folder / "short.gguf", n_ctx=64)
     write_tiny_gguf(folder / "deep.gguf", n_layers=32)
