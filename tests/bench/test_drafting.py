@@ -14,12 +14,12 @@ PROMPTS = [Prompt("Hello, world!", "Be brief."), Prompt("They have", "Be brief."
 
 
 async def test_the_ways_are_compared_with_plain_decoding(tiny_model: Path, tmp_path: Path) -> None:
-    draft = file_of(write_tiny_gguf(tmp_path / "close.gguf", weight_type=Q8_0))
-    ways = ways_of(EngineOptions(n_ctx=512, threads=1), draft, fixed=4)
+    target = file_of(write_tiny_gguf(tmp_path / "target.gguf", weight_type=Q8_0))
+    ways = ways_of(EngineOptions(n_ctx=512, threads=1), file_of(tiny_model), fixed=4)
     assert [way.name for way in ways] == ["plain", "lookup", "draft model", "draft model, always 4"]
     steps: list[None] = []
     answers = await measure(
-        file_of(tiny_model),
+        target,
         ways,
         PROMPTS,
         tokens=24,
