@@ -44,7 +44,7 @@ BACKENDS: dict[str, Callable[[], InferenceBackend]] = {
     "fake": FakeBackend,
     **{status.name: lambda name=status.name: open_backend(name) for status in describe()},
 }
-"""The null backend, and every one that this build has."""
+"""A scripted backend, and every one that this build has."""
 
 IN_PROCESS = {"isolated": "native"}
 """What a backend is compared with where that is not itself."""

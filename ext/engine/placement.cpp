@@ -7,9 +7,7 @@
 
 #include "../src/llama-ext.h"
 #include "ggml.h"
-
-// llama.cpp's own tests use it; its header drags in all of the model's inside.
-const std::vector<std::pair<std::string, ggml_tensor *>> & llama_internal_get_tensor_map(const llama_model * model);
+#include "tensor_map.h"
 
 namespace ai4all {
 
