@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -232,25 +232,29 @@ class ModelGate:
         self._is_stale = False
         self._loading: asyncio.Task[LoadedModel] | None = None
 
-    @asynccontextmanager
-    async def use(self, model: ModelFile) -> AsyncIterator[float]:
-        """Hold ``model`` loaded; yields the milliseconds of the load that this took, or 0.
+    def use(self, model: ModelFile) -> AbstractAsyncContextManager[float]:
+        """Hold ``model`` loaded; gives the milliseconds of the load that this took, or 0.
 
         Raises:
             LoadFailed: The file could not be loaded.
             DeviceUnavailable: It would not run on the device that was promised.
             OutOfMemory: It does not fit.
         """
+        return _Use(self, model)
+
+    async def take(self, model: ModelFile) -> float:
+        """Have ``model`` loaded until ``release``; see ``use``."""
         async with self._turn:
             load_ms = await self._ensure(model)
             self._users += 1
             self._idle.clear()
-        try:
-            yield load_ms
-        finally:
-            self._users -= 1
-            if self._users == 0:
-                self._idle.set()
+        return load_ms
+
+    def release(self) -> None:
+        """Let another model have its turn."""
+        self._users -= 1
+        if self._users == 0:
+            self._idle.set()
 
     def renew(self) -> None:
         """Have the model loaded anew for the next block: how it shall be run has changed."""
@@ -297,6 +301,20 @@ class ModelGate:
         self._loading = None
         if not task.cancelled():
             task.exception()  # Taken, so that nobody warns when the block has gone.
+
+
+class _Use:
+    """What ``ModelGate.use`` gives; as a generator it would cost three times as much."""
+
+    def __init__(self, gate: ModelGate, model: ModelFile) -> None:
+        self._gate = gate
+        self._model = model
+
+    async def __aenter__(self) -> float:
+        return await self._gate.take(self._model)
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._gate.release()
 
 
 async def run_block(
@@ -353,25 +371,27 @@ async def _attempt(
         raise DeadlineExceeded("the deadline had passed when the block arrived")
     parsed = parse_input(assignment.task_type, assignment.input)
     job = Job(assignment.task_type, parsed, backend, block.deadline, on_text, on_completion)
-    async with AsyncExitStack() as held:
-        try:
-            async with asyncio.timeout(remaining):
-                await held.enter_async_context(slots)
-                model = await _find(assignment.model_id, backend, models)
-                load_ms = await held.enter_async_context(gate.use(model))
-        except TimeoutError as exc:
-            _raise_own(exc)
-            raise DeadlineExceeded("the deadline passed before the block was begun") from None
-        block.job = job
-        block.started_at = block.clock.monotonic()
-        remaining = block.remaining
-        try:
-            limit = None if remaining is None else max(0.0, remaining) + _HANG_SLACK_S
-            async with asyncio.timeout(limit):
+    try:
+        async with asyncio.timeout(remaining) as limit, slots:
+            model = _loaded_under(assignment.model_id, backend)
+            if model is None:
+                # A look at the disk, and perhaps a hash of the whole file: not on the loop.
+                model = await asyncio.to_thread(models.get, assignment.model_id)
+            async with gate.use(model) as load_ms:
+                block.job = job
+                block.started_at = block.clock.monotonic()
+                remaining = block.remaining
+                if remaining is not None:
+                    late = max(0.0, remaining) + _HANG_SLACK_S
+                    limit.reschedule(asyncio.get_running_loop().time() + late)
                 computed = await compute(job)
-        except TimeoutError as exc:
-            _raise_own(exc)
-            raise EngineHung("the engine did not answer at the deadline") from None
+    except TimeoutError as exc:
+        # Some of the backend's errors are timeouts too, and say more than ours would.
+        if isinstance(exc, ComputeError):
+            raise
+        if block.started_at is None:
+            raise DeadlineExceeded("the deadline passed before the block was begun") from None
+        raise EngineHung("the engine did not answer at the deadline") from None
     return TaskResult(
         success=True,
         output=computed.output,
@@ -381,18 +401,9 @@ async def _attempt(
     )
 
 
-def _raise_own(exc: TimeoutError) -> None:
-    # Some of the backend's errors are timeouts too, and say more than ours would.
-    if isinstance(exc, ComputeError):
-        raise exc
-
-
-async def _find(model_id: str, backend: InferenceBackend, models: ModelSource) -> ModelFile:
+def _loaded_under(model_id: str, backend: InferenceBackend) -> ModelFile | None:
     loaded = backend.loaded
-    if loaded is not None and loaded.file.model_id == model_id:
-        return loaded.file
-    # A look at the disk, and perhaps a hash of the whole file: not on the loop.
-    return await asyncio.to_thread(models.get, model_id)
+    return loaded.file if loaded is not None and loaded.file.model_id == model_id else None
 
 
 def _metrics(

@@ -1,8 +1,8 @@
 """Logs: readable on a terminal, JSON lines in a rotated file, never a secret in either.
 
-structlog shapes the events, the standard library carries them, so what other libraries log takes
-the same way and the same care. Only the command line calls ``configure_logging``; importing this
-module changes nothing.
+structlog shapes all events, and what other libraries log through the standard library takes the
+same way and the same care. Only the command line calls ``configure_logging``; importing this module
+changes nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import os
 import re
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, TextIO
 
 import structlog
 import ujson
@@ -49,7 +50,8 @@ _CONTENT_KEYS = frozenset(
     }
 )  # fmt: skip
 # What is in every event, and is put there after whatever an event may bring along.
-_OWN_KEYS = frozenset({"_from_structlog", "_record", "level", "logger", "timestamp"})
+_OWN_KEYS = ("level", "logger", "timestamp")
+_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 _BLANK = re.compile(r"\s")
 _BEARER = re.compile(r"\b(bearer|basic)\s+[^\s'\",;]+", re.IGNORECASE)
 _HEADER = re.compile(
@@ -73,7 +75,10 @@ _LIBRARIES = {
 # is worth nothing any more.
 _newer_secrets: deque[str] = deque(maxlen=8)
 
-_Processor = Callable[[Any, str, MutableMapping[str, Any]], Any]
+_Event = MutableMapping[str, Any]
+
+# Where lines go. Loggers that were bound before a change of it write to the new ones, too.
+_outputs: list[_Output] = []
 
 
 def configure_logging(
@@ -91,29 +96,20 @@ def configure_logging(
     """
     level = logging.getLevelNamesMapping()[settings.log.level.upper()]
     secrets = _secrets(settings)
-    shared: list[_Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_log_level,
-        structlog.stdlib.add_logger_name,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    handlers: list[logging.Handler] = []
     as_json = json_console or settings.log.as_json
-    console = logging.StreamHandler(sys.stderr)
-    console.setFormatter(_formatter(shared, secrets, _json if as_json else _console()))
+    console = _Console(sys.stderr)
     console.setLevel(max(level, logging.WARNING) if quiet else level)
-    handlers.append(console)
+    outputs = [_Output(console, console.write_line, _json if as_json else _for_people())]
     if settings.log.file:
         file = _file_handler(settings)
-        file.setFormatter(_formatter(shared, secrets, _json))
-        handlers.append(file)
+        outputs.append(_Output(file, file.write_line, _json))
 
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)
         old.close()
-    for handler in handlers:
-        root.addHandler(handler)
+    _outputs[:] = outputs
+    root.addHandler(_Records(outputs))
     root.setLevel(level)
     for name, least in _LIBRARIES.items():
         logging.getLogger(name).setLevel(max(level, least))
@@ -123,13 +119,16 @@ def configure_logging(
     logging._srcfile = None
     structlog.configure(
         processors=[
-            structlog.stdlib.filter_by_level,
-            *shared,
-            structlog.stdlib.PositionalArgumentsFormatter(),
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+            structlog.contextvars.merge_contextvars,
+            structlog.stdlib.add_log_level,
+            structlog.stdlib.add_logger_name,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.StackInfoRenderer(),
+            functools.partial(_write, secrets),
         ],
         logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
+        wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=False,
     )
 
@@ -196,36 +195,89 @@ def _secrets(settings: Settings) -> tuple[str, ...]:
     return tuple(text for text in texts if len(text) >= _MIN_SECRET)
 
 
-def _formatter(
-    shared: list[_Processor], secrets: tuple[str, ...], render: _Processor
-) -> logging.Formatter:
-    def without_secrets(
-        logger: Any, name: str, event: MutableMapping[str, Any]
-    ) -> MutableMapping[str, Any]:
-        # After the traceback became text: it may quote anything.
-        kept = {key: event[key] for key in _OWN_KEYS if key in event}
-        rest = {key: value for key, value in event.items() if key not in kept}
-        return {**redact(rest, (*_newer_secrets, *secrets)), **kept}
-
-    return structlog.stdlib.ProcessorFormatter(
-        foreign_pre_chain=shared,
-        processors=[
-            structlog.processors.format_exc_info,
-            structlog.processors.StackInfoRenderer(),
-            without_secrets,
-            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-            render,
-        ],
-    )
+def _write(secrets: tuple[str, ...], logger: Any, name: str, event: _Event) -> NoReturn:
+    """Write an event wherever its level is wanted. The last step: there is nothing after it."""
+    level = _LEVELS[event["level"]]
+    wanted = [output for output in _outputs if output.handler.level <= level]
+    # A log never ends its program, whatever somebody put into an event.
+    with contextlib.suppress(Exception):
+        if wanted:
+            # After the traceback became text: it may quote anything.
+            kept = {key: event.pop(key) for key in _OWN_KEYS if key in event}
+            shaped = {**redact(event, (*_newer_secrets, *secrets)), **kept}
+            for output in wanted:
+                output.write(output.render(shaped.copy()))
+    raise structlog.DropEvent
 
 
-def _json(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
+def _json(event: _Event) -> str:
     return ujson.dumps(event, escape_forward_slashes=False, ensure_ascii=False)
 
 
-def _console() -> _Processor:
+def _for_people() -> Callable[[_Event], str]:
     colors = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    return cast(_Processor, structlog.dev.ConsoleRenderer(colors=colors))
+    render = structlog.dev.ConsoleRenderer(colors=colors)
+    return lambda event: render(None, "", event)
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """A place for lines, and the form that they have there."""
+
+    handler: logging.Handler
+    write: Callable[[str], None]
+    render: Callable[[_Event], str]
+
+
+class _Records(logging.Handler):
+    """Takes what others log through the standard library the way of our own events.
+
+    Args:
+        outputs: Closed with this.
+    """
+
+    def __init__(self, outputs: Sequence[_Output]) -> None:
+        super().__init__()
+        self._mine = outputs
+
+    def close(self) -> None:
+        """Let go of the outputs."""
+        for output in self._mine:
+            output.handler.close()
+        super().close()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Log a record anew."""
+        # Levels between the usual ones count as the one below.
+        level = max(known for known in _LEVELS.values() if known <= max(record.levelno, 10))
+        more: dict[str, Any] = {}
+        if record.exc_info:
+            more["exc_info"] = record.exc_info
+        if record.stack_info:
+            more["stack"] = record.stack_info
+        try:
+            message = record.getMessage()
+        except Exception:  # noqa: BLE001 - as the library does: a log never ends its program.
+            return
+        structlog.get_logger(record.name).log(level, message, **more)
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Without a lock: what writes has its own."""
+        self.emit(record)
+        return True
+
+
+class _Console(logging.StreamHandler[TextIO]):
+    """A terminal."""
+
+    def write_line(self, line: str) -> None:
+        """Write a line and show it at once."""
+        self.acquire()
+        try:
+            self.stream.write(line + self.terminator)
+            self.flush()
+        finally:
+            self.release()
 
 
 class _PrivateRotatingFile(logging.handlers.RotatingFileHandler):
@@ -238,29 +290,24 @@ class _PrivateRotatingFile(logging.handlers.RotatingFileHandler):
         self._size = os.fstat(descriptor).st_size
         return os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace")
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a record, into a new file if it has no room in this one.
-
-        The library's way formats every record twice: once to measure it, once to write it.
-        """
+    def write_line(self, line: str) -> None:
+        """Write a line, into a new file if it has no room in this one."""
+        text = line + self.terminator
+        size = len(text.encode("utf-8", "backslashreplace"))
+        self.acquire()
         try:
-            line = self.format(record) + self.terminator
             if self.stream is None:
                 self.stream = self._open()
-            size = len(line.encode("utf-8", "backslashreplace"))
             if self.maxBytes > 0 and self._size + size > self.maxBytes:
                 self.doRollover()
             self._size += size
-            self.stream.write(line)
-            self.flush()
-        except Exception:  # noqa: BLE001 - as the library does: a log never ends its program.
-            self.handleError(record)
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Say nothing: a full disk must not turn every event into a traceback on the terminal."""
+            self.stream.write(text)
+            self.stream.flush()
+        finally:
+            self.release()
 
 
-def _file_handler(settings: Settings) -> logging.Handler:
+def _file_handler(settings: Settings) -> _PrivateRotatingFile:
     directory = Path(settings.data_dir) / "logs"
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -224,7 +224,7 @@ class Worker:
         self._leave_by: float | None = None
         self._all_acknowledged = asyncio.Event()
         self._clock_is_compared = False
-        # Bound once: the module's logger is looked up anew at each use.
+        # Bound once, and after a change of its level: the module's logger is made at each use.
         self._log = _log.bind()
 
     def _describe(self) -> WorkerCapabilities:
@@ -291,6 +291,7 @@ class Worker:
             DeviceUnavailable: The device that the owner names now is not to be had.
         """
         self._connection.reconfigure(link)
+        self._log = _log.bind()
         if options.engine != self._options.engine:
             self._gate.renew()
             self._health = options.health or WorkerHealth(
@@ -397,7 +398,7 @@ class Worker:
                 self._take(Block.received(assignment, self._clock))
             case AssignmentUnfit(block_id, error):
                 _log.warning("assignment_unfit", block_id=block_id, code=error.code.value)
-                self._spawn(self._answer(block_id, never_begun(error)))
+                self._spawn(self._refuse(block_id, never_begun(error)))
             case ResultAcknowledged(block_id, accepted, error_text):
                 self._on_acknowledged(block_id, accepted, error_text)
             case HeartbeatDue():
@@ -527,7 +528,7 @@ class Worker:
             self._spool.begin(block.block_id, block.assignment.deadline.timestamp())
             block.task = asyncio.ensure_future(self._run(block))
             return
-        self._spawn(self._answer(block.block_id, block.failed(refusal)))
+        self._spawn(self._refuse(block.block_id, block.failed(refusal)))
 
     async def _run(self, block: Block) -> None:
         assignment = block.assignment
@@ -569,15 +570,21 @@ class Worker:
             self._blocks.pop(block.block_id, None)
         self._go_on()
 
+    async def _refuse(self, block_id: str, result: TaskResult) -> None:
+        await self._answer(block_id, result)
+        self._connection.flush()
+
     async def _answer(self, block_id: str, result: TaskResult, *, begun: bool = False) -> None:
-        """Deliver what became of a block: refused where that can be said, else as a result."""
+        """Deliver what became of a block: refused where that can be said, else as a result.
+
+        What it says goes out with the next ``flush``.
+        """
         error = result.error
         self._observe(BlockFinished(block_id, result))
         if error is not None and not begun and self._session.send_decline(block_id, error):
             self._delivery.declined(block_id)
         else:
             await self._delivery.submit(block_id, result)
-        self._connection.flush()
         # Nobody waits for the log; the coordinator waits for the result, which is written now.
         asyncio.get_running_loop().call_soon(self._log_end, block_id, result, begun)
 

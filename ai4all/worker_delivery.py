@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
-from typing import Any, Final
+import functools
+from collections.abc import Callable
+from typing import Final
 
 import structlog
 
@@ -63,7 +64,7 @@ class Delivery:
         self._unforgotten: dict[str, None] = {}
         self._room = asyncio.Event()
         self._retrying: asyncio.Task[None] | None = None
-        self._background: set[asyncio.Task[None]] = set()
+        self._forgetting: set[asyncio.Future[None]] = set()
 
     @property
     def problem(self) -> str | None:
@@ -110,7 +111,8 @@ class Delivery:
             self._session.send_result(block_id, frame)
             return
         try:
-            await self._make_way(block_id)
+            if block_id in self._unkept or block_id in self._unforgotten:
+                await self._make_way(block_id)
             await self._spool.commit(block_id, payload)
         except ResultConflict:
             # One block, one result: the first one that was kept is the one that counts.
@@ -137,7 +139,9 @@ class Delivery:
             # Kept as soon as there is room, and forgotten then: this is how room is found out.
             self._unforgotten[block_id] = None
         elif self._spool.has(block_id):
-            self._spawn(self._forget(block_id))
+            forgetting = asyncio.ensure_future(self._spool.forget(block_id))
+            self._forgetting.add(forgetting)
+            forgetting.add_done_callback(functools.partial(self._forgot, block_id))
         else:
             self._spool.ended(block_id)
 
@@ -150,23 +154,27 @@ class Delivery:
         if self._retrying is not None:
             self._retrying.cancel()
             await asyncio.wait({self._retrying})
-        if self._background:
-            await asyncio.wait(set(self._background))
+        if self._forgetting:
+            await asyncio.wait(set(self._forgetting))
         with contextlib.suppress(SpoolError):
             await self._catch_up()
         for block_id in self._unkept.keys() & set(self._session.unacknowledged):
             _log.error("result_lost", block_id=block_id, error=self._problem)
 
-    async def _forget(self, block_id: str) -> None:
-        try:
-            await self._spool.forget(block_id)
-        except SpoolError as exc:
-            # At worst it is sent once more after a restart, and the coordinator drops repeats.
-            _log.warning("result_not_forgotten", block_id=block_id, error=str(exc))
-            self._unforgotten[block_id] = None
-            self._wait_for_room(exc)
-        else:
-            self._room.set()
+    def _forgot(self, block_id: str, forgetting: asyncio.Future[None]) -> None:
+        self._forgetting.discard(forgetting)
+        if forgetting.cancelled():
+            return
+        match forgetting.exception():
+            case None:
+                self._room.set()
+            case SpoolError() as exc:
+                # At worst it is sent once more after a restart, and the coordinator drops repeats.
+                _log.warning("result_not_forgotten", block_id=block_id, error=str(exc))
+                self._unforgotten[block_id] = None
+                self._wait_for_room(exc)
+            case exc:
+                raise exc
 
     def _wait_for_room(self, error: SpoolError) -> None:
         # Heartbeats carry it: without the path that the whole text names.
@@ -209,11 +217,6 @@ class Delivery:
             if block_id in self._unforgotten:
                 await self._spool.forget(block_id)
                 self._unforgotten.pop(block_id, None)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
 
 
 def never_begun(error: ComputeError) -> TaskResult:

@@ -560,7 +560,8 @@ async def test_stop_does_not_wait_for_everything_that_hangs_one_after_the_other(
         coordinator.port = proxy.port
         async with working(coordinator, backend, Stuck(), stop_grace=0.05) as running:
             await running.until(lambda: bool(running.worker._blocks))
-            running.worker._delivery._spawn(running.spool.forget("any"))
+            await running.spool.commit("any", b"x")
+            running.worker._delivery.acknowledged("any")
             proxy.strike(Blow.STALL)
             running.worker.stop()
             # Each of them alone may take longer than all together.

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import queue
 import sqlite3
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,25 +142,41 @@ class Writer(Transactions):
         super().__init__(path, connection)
         self._queue: queue.SimpleQueue[list[Operation] | _Stop] = queue.SimpleQueue()
         self._gathered: list[Operation] = []
+        # What will hand over what is gathered: at the end of this turn, or when patience ends.
+        self._soon: asyncio.Handle | None = None
+        self._later: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         # Daemon: what is committed is safe, and an owner that died must not keep the process.
         threading.Thread(target=self._run, name="ai4all-spool", daemon=True).start()
 
     def put(self, operation: Operation) -> None:
         """Do this soon. On the loop's thread."""
         self._gathered.append(operation)
-        if len(self._gathered) > 1:
-            return
         try:
-            asyncio.get_running_loop().call_soon(self._hand_over)
+            loop = asyncio.get_running_loop()
         except RuntimeError:
             self._hand_over()  # Between two runs of the loop.
+            return
+        if loop is not self._loop:
+            self._loop, self._soon, self._later = loop, None, None
+        # The thread sleeps until something is due: each time that it wakes, the loop waits for it.
+        if operation.patience <= 0.0:
+            if self._soon is None:
+                self._soon = loop.call_soon(self._hand_over)
+        elif self._later is None:
+            self._later = loop.call_later(operation.patience, self._lose_patience)
 
     def stop(self, stopped: Callable[[], None] | None) -> None:
         """Do what was asked, close the database, then call ``stopped`` on the thread."""
         self._hand_over()
         self._queue.put(_Stop(stopped))
 
+    def _lose_patience(self) -> None:
+        self._later = None
+        self._hand_over()
+
     def _hand_over(self) -> None:
+        self._soon = None
         if self._gathered:
             self._queue.put(self._gathered)
             self._gathered = []
@@ -182,23 +196,16 @@ class Writer(Transactions):
                 return
 
     def _next_batch(self) -> tuple[list[Operation], _Stop | None]:
+        """Wait for work, and take all that is there."""
         batch: list[Operation] = []
-        due = math.inf  # When the least patient operation of the batch wants to be written.
-        while len(batch) < _MAX_BATCH:
-            try:
-                if batch:
-                    remaining = due - time.monotonic()
-                    item = self._queue.get(remaining > 0.0, max(0.0, remaining))
-                else:
-                    item = self._queue.get()
-            except queue.Empty:
-                break
+        item = self._queue.get()
+        while True:
             if isinstance(item, _Stop):
                 return batch, item
             batch += item
-            now = time.monotonic()
-            due = min(due, *(now + operation.patience for operation in item))
-        return batch, None
+            if len(batch) >= _MAX_BATCH or self._queue.empty():
+                return batch, None
+            item = self._queue.get()
 
 
 def settle(batch: list[Operation]) -> None:

@@ -13,7 +13,7 @@ import asyncio
 import sqlite3
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -74,7 +74,7 @@ class ResultSpool(Protocol):
             SpoolError: It could not be kept; what was kept before still is.
         """
 
-    async def forget(self, block_id: str) -> None:
+    def forget(self, block_id: str) -> Awaitable[None]:
         """Drop an acknowledged result. One that is not here is no error.
 
         Raises:
@@ -150,8 +150,8 @@ class Spool:
         self._results = {row.block_id: row.payload for row in rows}
         self._bytes = sum(len(row.payload) for row in rows)
         self._interrupted = dict.fromkeys(interrupted)
-        # One operation of a block at a time, and who waits for its end: None or the error.
-        self._busy: dict[str, list[asyncio.Future[SpoolError | None]]] = {}
+        # One operation of a block at a time, and who waits for its end.
+        self._busy: dict[str, list[asyncio.Future[None]]] = {}
         self._closing: asyncio.Future[None] | None = None
 
     @classmethod
@@ -253,7 +253,9 @@ class Spool:
 
     async def commit(self, block_id: str, payload: bytes) -> None:
         """Keep a result; see ``ResultSpool``."""
-        await self._turn(block_id)
+        if block_id in self._busy:
+            await self._turn(block_id)
+        self._check_open()
         known = self._results.get(block_id)
         if known is not None:
             if known != payload:
@@ -281,18 +283,25 @@ class Spool:
             (DELETE_RUNNING, (block_id,)),
         )
 
-    async def forget(self, block_id: str) -> None:
+    def forget(self, block_id: str) -> Awaitable[None]:
         """Drop an acknowledged result; see ``ResultSpool``."""
-        await self._turn(block_id)
-        if block_id not in self._results:
-            return
+        if self._closing is None and block_id in self._results and block_id not in self._busy:
+            return self._drop(block_id)
+        return self._drop_in_turn(block_id)
 
+    async def _drop_in_turn(self, block_id: str) -> None:
+        await self._turn(block_id)
+        self._check_open()
+        if block_id in self._results:
+            await self._drop(block_id)
+
+    def _drop(self, block_id: str) -> asyncio.Future[None]:
         def settled(error: SpoolError | None) -> None:
             if error is None:
                 self._bytes -= len(self._results.pop(block_id))
 
         # Nobody waits for it but the next result, which can take it along.
-        await self._write(block_id, settled, (DELETE_RESULT, (block_id,)), urgent=False)
+        return self._write(block_id, settled, (DELETE_RESULT, (block_id,)), urgent=False)
 
     def begin(self, block_id: str, deadline: float | None = None) -> None:
         """Note that a block runs; see ``ResultSpool``."""
@@ -316,7 +325,6 @@ class Spool:
             waiter = asyncio.get_running_loop().create_future()
             waiting.append(waiter)
             await waiter
-        self._check_open()
 
     def _check_open(self) -> None:
         if self._closing is not None:
@@ -326,28 +334,31 @@ class Spool:
         self._check_open()
         self._writer.put(Operation.note(sql, values))
 
-    async def _write(
+    def _write(
         self,
         block_id: str,
         settled: Callable[[SpoolError | None], None],
         *statements: tuple[str, tuple[object, ...]],
         urgent: bool = True,
-    ) -> None:
-        future: asyncio.Future[SpoolError | None] = asyncio.get_running_loop().create_future()
-        waiting = self._busy[block_id] = [future]
+    ) -> asyncio.Future[None]:
+        written = asyncio.get_running_loop().create_future()
+        waiting = self._busy[block_id] = []
 
         def done(error: SpoolError | None) -> None:
             # Who has stopped waiting has not undone what was on its way to the disk.
             del self._busy[block_id]
             settled(error)
+            if not written.done():
+                if error is None:
+                    written.set_result(None)
+                else:
+                    written.set_exception(error)
             for waiter in waiting:
                 if not waiter.done():
-                    waiter.set_result(error)
+                    waiter.set_result(None)
 
         self._writer.put(Operation.awaited(list(statements), done, urgent=urgent))
-        error = await future
-        if error is not None:
-            raise error
+        return written
 
 
 class MemorySpool:

@@ -132,11 +132,15 @@ _STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOT
 
 # Most frames hold no value that only ujson can read. Plain searches say so at a few nanoseconds a
 # character, and the values are walked only when there is a hint. (One pattern for all of them
-# would cost five times as much.)
+# would cost five times as much; one that begins with a letter is found by its letter.)
 _HINTS: Final = ("NaN", "Infinity", "\\ud", "\\uD")
-_LARGE_EXPONENT = re.compile(r"[0-9][eE]\+?[0-9]{3}")
+_LARGE_EXPONENTS: Final = (
+    re.compile(r"e(?<=[0-9]e)\+?[0-9]{3}"),
+    re.compile(r"E(?<=[0-9]E)\+?[0-9]{3}"),
+)
 # Hexadecimal ids and hashes look like that too, but stand in quotes.
 _LARGE_NUMBER = re.compile(r"[:,\[\s]-?[0-9.]+[eE]\+?[0-9]{3}")
+_OF_ENVELOPE: Final = {"id", "timestamp", "version"}
 _MAX_NAME_LENGTH = 64
 _MAX_PATH_LENGTH = 200
 
@@ -154,36 +158,21 @@ def encode(message: Message, envelope: Envelope | None = None) -> str:
         LocalProtocolError: It holds something that JSON cannot.
     """
     try:
-        body = message.model_dump(mode="json")
-        own = {name: body.pop(name) for name in ("id", "timestamp", "version")}
+        text = message.model_dump_json(exclude=_OF_ENVELOPE)
         # The envelope comes last, where a reader of a log looks for it last.
+        own = "{}"
         if envelope is None:
-            body |= {name: value for name, value in own.items() if value is not None}
-        for path, names in message.OMITTED_WHEN_NONE.items():
-            _omit(body, path, names)
-        text = _dumps(body)
-        if not text.isascii():
-            text.encode("utf-8")  # Raises on a lone surrogate, which no frame can hold.
-    except (OverflowError, TypeError, ValueError) as exc:
+            own = message.model_dump_json(include=_OF_ENVELOPE, exclude_none=True)
+    except ValueError as exc:
         raise LocalProtocolError(f"a {type(message).__name__} that JSON cannot hold") from exc
-    return text if envelope is None else put_under(text, envelope)
+    if envelope is not None:
+        return put_under(text, envelope)
+    return text if own == "{}" else f"{text[:-1]},{own[1:]}"
 
 
 def put_under(text: str, envelope: Envelope) -> str:
     """The text of a frame without an envelope, under one."""
-    return f"{text[:-1]},{_dumps(envelope.to_wire())[1:]}"
-
-
-def _dumps(value: dict[str, Any]) -> str:
-    return ujson.dumps(value, ensure_ascii=False, escape_forward_slashes=False, allow_nan=False)
-
-
-def _omit(body: dict[str, Any], path: str, names: tuple[str, ...]) -> None:
-    for key in filter(None, path.split(".")):
-        body = body[key]
-    for name in names:
-        if body[name] is None:
-            del body[name]
+    return f"{text[:-1]},{envelope.to_json()}}}"
 
 
 def decode_server_message(
@@ -304,7 +293,10 @@ def _is_suspect(text: str) -> bool:
     for hint in _HINTS:
         if hint in text:
             return True
-    return _LARGE_EXPONENT.search(text) is not None and _LARGE_NUMBER.search(text) is not None
+    for exponent in _LARGE_EXPONENTS:
+        if exponent.search(text) is not None:
+            return _LARGE_NUMBER.search(text) is not None
+    return False
 
 
 def _find_unsafe(value: object, path: str = "frame") -> str | None:

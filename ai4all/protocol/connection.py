@@ -154,6 +154,8 @@ class Connection:
         self._socket: Socket | None = None
         self._outbox: deque[str] = deque()
         self._outbox_filled = asyncio.Event()
+        self._writing: asyncio.Handle | None = None
+        self._is_writer_busy = False
         self._outbox_empty = asyncio.Event()
         self._outbox_empty.set()
         self._deadline_moved = asyncio.Event()
@@ -311,6 +313,7 @@ class Connection:
         self._refusal = None
         self._close_task = None
         self._outbox.clear()
+        self._is_writer_busy = False
         self._policy.opened(self.now())
         self.session.connected(self.now())
         self.flush()
@@ -348,12 +351,26 @@ class Connection:
             self.session.receive(message, self.now())
             self.flush()
 
+    def _write_out(self) -> None:
+        """Write the outbox, or have the writer do it where that takes long."""
+        self._writing = None
+        if self._socket is None or not self._outbox:
+            return
+        is_short = sum(map(len, self._outbox)) <= _BATCH_CHARACTERS
+        if not self._is_writer_busy and is_short and self._socket.send_now(self._outbox):
+            self._outbox.clear()
+            self._outbox_empty.set()
+        else:
+            self._is_writer_busy = True
+            self._outbox_filled.set()
+
     async def _write(self, socket: Socket) -> None:
         while True:
             await self._outbox_filled.wait()
             self._outbox_filled.clear()
             while self._outbox:
                 await socket.send_all(self._next_batch())
+            self._is_writer_busy = False
             self._outbox_empty.set()
 
     def _next_batch(self) -> list[str]:
@@ -383,7 +400,9 @@ class Connection:
         if frames and self._socket is not None:
             self._outbox.extend(frames)
             self._outbox_empty.clear()
-            self._outbox_filled.set()
+            if self._writing is None:
+                # What is said until this turn of the loop ends goes out together.
+                self._writing = asyncio.get_running_loop().call_soon(self._write_out)
         due = self.session.next_deadline()
         # A deadline that moved back costs one early wake-up instead of one for each frame.
         if due is not None and (self._armed is None or due < self._armed):

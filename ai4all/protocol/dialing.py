@@ -78,8 +78,17 @@ class Socket(Protocol):
             ConnectionClosed: There will be none.
         """
 
+    def send_now(self, messages: Sequence[str]) -> bool:
+        """Write messages in one piece where nothing has to be waited for.
+
+        Not while ``send_all`` is under way.
+
+        Returns:
+            Whether that was done; if not, nothing was.
+        """
+
     async def send_all(self, messages: Sequence[str]) -> None:
-        """Write messages in one piece; waits while the buffer is full.
+        """Write messages one after the other; waits while the buffer is full.
 
         Raises:
             ConnectionClosed: It cannot be written any more.

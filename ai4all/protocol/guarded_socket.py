@@ -15,7 +15,7 @@ from websockets.http11 import Request, Response
 from websockets.protocol import State
 
 from ai4all.protocol.pins import check_pin
-from ai4all.protocol.steady_socket import SteadyConnection
+from ai4all.protocol.steady_socket import PIECE, SteadyConnection
 
 __all__ = ["GuardedConnection"]
 
@@ -78,14 +78,25 @@ class GuardedConnection(SteadyConnection):
                 self.send_data()
         super().process_event(event)
 
+    def send_now(self, messages: Sequence[str]) -> bool:
+        """Write messages in one piece; returns whether that could be done without waiting."""
+        if (
+            self.state is not State.OPEN
+            or self.transport.is_closing()
+            or self.transport.get_write_buffer_size() > 0
+            or any(len(message) > PIECE for message in messages)
+        ):
+            return False
+        for message in messages:
+            self.protocol.send_text(message.encode("utf-8"))
+        # Frames of one moment together: a system call and a packet less for each.
+        self.transport.write(b"".join(self.protocol.data_to_send()))
+        return True
+
     async def send_all(self, messages: Sequence[str]) -> None:
-        """Write messages in one piece; waits while the buffer is full."""
-        if len(messages) > 1 and self.state is State.OPEN:
-            # Frames of one moment together: a system call and a packet less for each.
-            for message in messages[:-1]:
-                self.protocol.send_text(message.encode("utf-8"))
-            self.transport.write(b"".join(self.protocol.data_to_send()))
-        await self.send(messages[-1])
+        """Write messages one after the other; waits while the buffer is full."""
+        for message in messages:
+            await self.send(message)
 
     def abort(self) -> None:
         """Drop the connection at once, without a word."""

@@ -2,7 +2,7 @@
 
 A field that the network's first protocol names is always written, as ``null`` when it is empty;
 a field that came later is left out when it is None, so that a peer that knows only the first
-protocol reads frames it expects. ``codec`` does the leaving out, by ``OMITTED_WHEN_NONE``.
+protocol reads frames it expects.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
+import ujson
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
-    SerializerFunctionWrapHandler,
-    model_serializer,
 )
 
-from ai4all.types.task import ErrorInfo, TaskResult, TaskType
+from ai4all.types.task import ErrorInfo, Late, TaskResult, TaskType
 
 __all__ = [
     "Assignment",
@@ -135,7 +134,8 @@ def parse_timestamp(text: str) -> datetime:
 def format_timestamp(instant: datetime) -> str:
     """Write an aware ``datetime`` as RFC 3339 in UTC with six fraction digits and ``Z``."""
     # isoformat would drop the fraction of a whole second, strftime the zeros of an early year.
-    return instant.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    in_utc = instant if instant.tzinfo is UTC else instant.astimezone(UTC)
+    return in_utc.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def _timestamp_from_wire(value: object) -> object:
@@ -167,9 +167,6 @@ class WireModel(BaseModel):
         frozen=True, strict=True, extra="ignore", allow_inf_nan=False, defer_build=True
     )
 
-    OMITTED_WHEN_NONE: ClassVar[dict[str, tuple[str, ...]]] = {}
-    """Fields to leave out when None, by the path of the object that holds them ("" is the top)."""
-
 
 class ProtocolVersion(WireModel):
     """Version of the protocol. Another ``major`` cannot be talked to; a higher ``minor`` can."""
@@ -199,18 +196,13 @@ class Envelope:
     timestamp: datetime
     version: ProtocolVersion = PROTOCOL_VERSION
 
-    def to_wire(self) -> dict[str, Any]:
-        """Its fields as a frame has them."""
+    def to_json(self) -> str:
+        """Its fields as a frame has them, without the braces."""
         version = self.version
-        return {
-            "id": self.id,
-            "timestamp": format_timestamp(self.timestamp),
-            "version": {
-                "major": version.major,
-                "minor": version.minor,
-                "patch": version.patch,
-            },
-        }
+        return (
+            f'"id":{ujson.dumps(self.id)},"timestamp":"{format_timestamp(self.timestamp)}",'
+            f'"version":{{"major":{version.major},"minor":{version.minor},"patch":{version.patch}}}'
+        )
 
 
 class Message(WireModel):
@@ -232,16 +224,7 @@ class ModelSummary(WireModel):
     size_bytes: _U64
 
 
-class _Terse(WireModel):
-    """Base of what came after the first protocol as a whole: what is None is left out."""
-
-    @model_serializer(mode="wrap")
-    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = write(self)
-        return {name: value for name, value in fields.items() if value is not None}
-
-
-class DeviceSummary(_Terse):
+class DeviceSummary(WireModel):
     """A device of the worker.
 
     Attributes:
@@ -256,23 +239,23 @@ class DeviceSummary(_Terse):
     name: str
     kind: str
     memory_mb: _U64
-    memory_free_mb: _U64 | None = None
-    driver: str | None = None
-    unused: str | None = None
+    memory_free_mb: Late[_U64] = None
+    driver: Late[str] = None
+    unused: Late[str] = None
 
 
-class GpuUsage(_Terse):
+class GpuUsage(WireModel):
     """What one GPU in use does now, whoever uses it.
 
     ``percent`` is the share of time that it is busy, 0 to 100; memory is in MiB.
     """
 
     name: str
-    percent: float | None = None
-    memory_used_mb: _U64 | None = None
-    memory_mb: _U64 | None = None
-    temperature_c: float | None = None
-    power_w: float | None = None
+    percent: Late[float] = None
+    memory_used_mb: Late[_U64] = None
+    memory_mb: Late[_U64] = None
+    temperature_c: Late[float] = None
+    power_w: Late[float] = None
 
 
 class WorkerCapabilities(WireModel):
@@ -299,12 +282,12 @@ class WorkerCapabilities(WireModel):
     vram_mb: _U64 | None = None
     memory_mb: _U64
     compute_score: float
-    max_concurrent_tasks: Annotated[int, Field(ge=1, le=1024)] | None = None
-    max_context_length: _U64 | None = None
-    models: list[ModelSummary] | None = None
-    devices: list[DeviceSummary] | None = None
-    worker_version: str | None = None
-    engine_build: str | None = None
+    max_concurrent_tasks: Late[Annotated[int, Field(ge=1, le=1024)]] = None
+    max_context_length: Late[_U64] = None
+    models: Late[list[ModelSummary]] = None
+    devices: Late[list[DeviceSummary]] = None
+    worker_version: Late[str] = None
+    engine_build: Late[str] = None
 
 
 class ResourceUsage(WireModel):
@@ -319,7 +302,7 @@ class ResourceUsage(WireModel):
     gpu_percent: float | None = None
     gpu_memory_mb: _U64 | None = None
     active_threads: _U64
-    gpus: list[GpuUsage] | None = None
+    gpus: Late[list[GpuUsage]] = None
 
 
 class WorkingDetail(WireModel):
@@ -367,24 +350,12 @@ class Register(Message):
     ``degraded`` says why the worker is not what it was promised to be; without a reason, it is.
     """
 
-    OMITTED_WHEN_NONE: ClassVar[dict[str, tuple[str, ...]]] = {
-        "": ("extensions", "degraded"),
-        "capabilities": (
-            "max_concurrent_tasks",
-            "max_context_length",
-            "models",
-            "devices",
-            "worker_version",
-            "engine_build",
-        ),
-    }
-
     type: Literal["Register"] = "Register"
     worker_id: _Identifier
     capabilities: WorkerCapabilities
     benchmark_score: float | None = None
-    extensions: list[str] | None = None
-    degraded: str | None = None
+    extensions: Late[list[str]] = None
+    degraded: Late[str] = None
 
 
 class Heartbeat(Message):
@@ -394,17 +365,12 @@ class Heartbeat(Message):
     ``degraded`` is as in ``Register``.
     """
 
-    OMITTED_WHEN_NONE: ClassVar[dict[str, tuple[str, ...]]] = {
-        "": ("active_blocks", "degraded"),
-        "resource_usage": ("gpus",),
-    }
-
     type: Literal["Heartbeat"] = "Heartbeat"
     worker_id: _Identifier
     status: WorkerStatus
     resource_usage: ResourceUsage
-    active_blocks: list[_Identifier] | None = None
-    degraded: str | None = None
+    active_blocks: Late[list[_Identifier]] = None
+    degraded: Late[str] = None
 
 
 class RequestWork(Message):
@@ -416,19 +382,6 @@ class RequestWork(Message):
 
 class SubmitResult(Message):
     """What became of a block. ``block_id`` is the key by which a coordinator drops repeats."""
-
-    OMITTED_WHEN_NONE: ClassVar[dict[str, tuple[str, ...]]] = {
-        "result": ("fingerprint",),
-        "result.metrics": (
-            "load_time_ms",
-            "prompt_time_ms",
-            "time_to_first_token_ms",
-            "tokens_processed",
-            "tokens_per_second",
-            "peak_memory_mb",
-            "suspended_ms",
-        ),
-    }
 
     type: Literal["SubmitResult"] = "SubmitResult"
     worker_id: _Identifier
@@ -483,12 +436,10 @@ class Reconcile(Message):
 class Registered(Message):
     """The answer to ``Register``: the session may begin."""
 
-    OMITTED_WHEN_NONE: ClassVar[dict[str, tuple[str, ...]]] = {"": ("extensions",)}
-
     type: Literal["Registered"] = "Registered"
     session_id: str
     heartbeat_interval_ms: _U64
-    extensions: list[str] | None = None
+    extensions: Late[list[str]] = None
 
 
 class Assignment(Message):

@@ -17,10 +17,10 @@ from typing import Any, Final
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
-__all__ = ["SteadyConnection"]
+__all__ = ["PIECE", "SteadyConnection"]
 
-# Characters. What is shorter goes out whole; a ping waits behind no more than this and the next.
-_PIECE: Final = 16 * 1024
+PIECE: Final = 16 * 1024
+"""Characters. What is shorter goes out whole; a ping waits behind this and the next at most."""
 
 # Bytes that the system may hold without having sent them.
 _UNSENT_BYTES: Final = 32 * 1024
@@ -45,13 +45,13 @@ class SteadyConnection(ClientConnection):
         Raises:
             ConnectionClosed: It cannot be sent any more.
         """
-        if isinstance(message, str) and len(message) > _PIECE:
+        if isinstance(message, str) and len(message) > PIECE:
             message = self._pieces(message)
         await super().send(message, text=text)
 
     def _pieces(self, message: str) -> Iterator[str]:
-        for start in range(0, len(message), _PIECE):
-            yield message[start : start + _PIECE]
+        for start in range(0, len(message), PIECE):
+            yield message[start : start + PIECE]
             # The library asks for the next when this one has left.
             self._moved_at = self.loop.time()
 

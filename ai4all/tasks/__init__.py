@@ -63,44 +63,44 @@ def parse_input(task_type: TaskType, data: Mapping[str, Any]) -> BaseModel:
     return parsed
 
 
-async def compute(job: Job) -> Computed:
+def compute(job: Job) -> Awaitable[Computed]:
     """Do a task.
 
     Raises:
         ComputeError: It could not be done; the code says whose fault it was.
         EngineError: The backend cannot serve now.
     """
-    return await OFFERED[job.task_type](job)
+    return OFFERED[job.task_type](job)
 
 
-async def _text_completion(job: Job) -> Computed:
+def _text_completion(job: Job) -> Awaitable[Computed]:
     assert isinstance(job.input, TextCompletionInput)
-    return await complete_text(job, job.input)
+    return complete_text(job, job.input)
 
 
-async def _embeddings(job: Job) -> Computed:
+def _embeddings(job: Job) -> Awaitable[Computed]:
     assert isinstance(job.input, EmbeddingsInput)
-    return await embed(job, job.input)
+    return embed(job, job.input)
 
 
-async def _classification(job: Job) -> Computed:
+def _classification(job: Job) -> Awaitable[Computed]:
     assert isinstance(job.input, ClassificationInput)
-    return await classify(job, job.input)
+    return classify(job, job.input)
 
 
-async def _question_answering(job: Job) -> Computed:
+def _question_answering(job: Job) -> Awaitable[Computed]:
     assert isinstance(job.input, QuestionAnsweringInput)
-    return await answer_question(job, job.input)
+    return answer_question(job, job.input)
 
 
-async def _summarization(job: Job) -> Computed:
+def _summarization(job: Job) -> Awaitable[Computed]:
     assert isinstance(job.input, SummarizationInput)
-    return await summarize(job, job.input)
+    return summarize(job, job.input)
 
 
-async def _validation(job: Job) -> Computed:
+def _validation(job: Job) -> Awaitable[Computed]:
     assert isinstance(job.input, ValidationInput)
-    return await validate(job, job.input)
+    return validate(job, job.input)
 
 
 OFFERED: Final[Mapping[TaskType, Callable[[Job], Awaitable[Computed]]]] = MappingProxyType(

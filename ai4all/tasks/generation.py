@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import aclosing
 from typing import Final
 
 import ujson
@@ -116,22 +115,25 @@ async def generate(job: Job, request: GenerateRequest) -> Completion:
     """
     prompt_done = 0
     job.expected = request.max_tokens
-    # Closing the iterator is what cancels the work when this task is cancelled.
-    async with aclosing(job.backend.generate(request)) as events:
+    events = job.backend.generate(request)
+    try:
         async for event in events:
             match event:
-                case PromptProgress(processed=processed, total=total):
-                    prompt_done = max(prompt_done, processed)
-                    job.expected = total + request.max_tokens
-                    job.processed = prompt_done
                 case TokenEvent(text=text, completion_tokens=completion_tokens):
                     job.processed = prompt_done + completion_tokens
                     if text:
                         job.on_text(text, completion_tokens)
+                case PromptProgress(processed=processed, total=total):
+                    prompt_done = max(prompt_done, processed)
+                    job.expected = total + request.max_tokens
+                    job.processed = prompt_done
                 case Completion():
                     if job.on_completion is not None:
                         job.on_completion(event)
                     return event
+    finally:
+        # This is what cancels the work when this task is cancelled.
+        await events.aclose()
     raise EngineCrashed("the engine ended a generation without a completion")
 
 

@@ -7,7 +7,7 @@ range-checked here, so that nothing unchecked reaches native code.
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -29,6 +29,7 @@ __all__ = [
     "Fingerprint",
     "GenerationParameters",
     "INPUT_MODELS",
+    "Late",
     "Prediction",
     "QuestionAnsweringInput",
     "QuestionAnsweringOutput",
@@ -107,6 +108,14 @@ def _from_name(kind: type[enum.StrEnum]) -> BeforeValidator:
         lambda value: members.get(value, value) if isinstance(value, str) else value
     )
 
+
+def _is_absent(value: object) -> bool:
+    return value is None
+
+
+_T = TypeVar("_T")
+Late = Annotated[_T | None, Field(exclude_if=_is_absent)]
+"""A field that the network's first protocol does not name: left out when it is None."""
 
 _Count = Annotated[int, Field(ge=0)]
 # JSON has no tuples.
@@ -242,14 +251,6 @@ class TokenLogprobs(TokenLikelihood):
     top: list[TokenLikelihood] = Field(default_factory=list)
 
 
-def _is_absent(value: object) -> bool:
-    return value is None
-
-
-# There only when the input asks for it, and last: the first protocol does not know it.
-_Logprobs = Annotated[list[TokenLogprobs] | None, Field(exclude_if=_is_absent)]
-
-
 class TextCompletionOutput(_Wire):
     """Output of ``TEXT_COMPLETION``."""
 
@@ -258,7 +259,7 @@ class TextCompletionOutput(_Wire):
     finish_reason: Annotated[FinishReason, _from_name(FinishReason)]
     usage: Usage
     generation_time_ms: _Count
-    logprobs: _Logprobs = None
+    logprobs: Late[list[TokenLogprobs]] = None
 
 
 class EmbeddingsOutput(_Wire):
@@ -293,7 +294,7 @@ class QuestionAnsweringOutput(_Wire):
     confidence: float
     evidence_spans: list[_Span]
     usage: Usage
-    logprobs: _Logprobs = None
+    logprobs: Late[list[TokenLogprobs]] = None
 
 
 class SummarizationOutput(_Wire):
@@ -303,7 +304,7 @@ class SummarizationOutput(_Wire):
     summary: str
     compression_ratio: float
     usage: Usage
-    logprobs: _Logprobs = None
+    logprobs: Late[list[TokenLogprobs]] = None
 
 
 class ValidationOutput(_Wire):
@@ -338,20 +339,20 @@ class ErrorInfo(_Wire):
 class BlockMetrics(_Wire):
     """What computing a block cost. Times are milliseconds of the native loop's steady clock.
 
-    Fields that make no sense for a failed block are None and left out by the codec, and so is
+    Fields that make no sense for a failed block are None and left out, and so is
     ``suspended_ms`` when the machine has not slept meanwhile. It is in none of the other times.
     """
 
     queue_time_ms: float
     execution_time_ms: float
     total_time_ms: float
-    load_time_ms: float | None = None
-    prompt_time_ms: float | None = None
-    time_to_first_token_ms: float | None = None
-    tokens_processed: int | None = None
-    tokens_per_second: float | None = None
-    peak_memory_mb: int | None = None
-    suspended_ms: float | None = None
+    load_time_ms: Late[float] = None
+    prompt_time_ms: Late[float] = None
+    time_to_first_token_ms: Late[float] = None
+    tokens_processed: Late[int] = None
+    tokens_per_second: Late[float] = None
+    peak_memory_mb: Late[int] = None
+    suspended_ms: Late[float] = None
 
 
 class Fingerprint(_Wire):
@@ -371,7 +372,7 @@ class Fingerprint(_Wire):
     deterministic: bool
     prefix_reused: int
     batched_with: int
-    draft_model_sha256: Annotated[str | None, Field(exclude_if=_is_absent)] = None
+    draft_model_sha256: Late[str] = None
     """Of the model that drafted tokens for the one that computed; None: none did."""
     output_tokens_sha256: str
 
@@ -383,4 +384,4 @@ class TaskResult(_Wire):
     output: TaskOutput | None
     error: ErrorInfo | None
     metrics: BlockMetrics
-    fingerprint: Fingerprint | None = None
+    fingerprint: Late[Fingerprint] = None

@@ -680,7 +680,10 @@ class SpoolAgainstModel(RuleBasedStateMachine):
 
     @rule(block=blocks)
     def forget(self, block: str) -> None:
-        self.runner.run(self.spool.forget(block))
+        async def forgotten() -> None:
+            await self.spool.forget(block)
+
+        self.runner.run(forgotten())
         self.model.pop(block, None)
 
     @rule(batch=st.lists(st.tuples(blocks, payloads), min_size=2, max_size=8))

@@ -5,6 +5,7 @@ Each is a mistake that somebody could make in the product. It must be found with
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 import sqlite3
@@ -47,7 +48,9 @@ def forgets_before_the_acknowledgement(patch: Patch) -> None:
 def does_not_wait_until_it_is_kept(patch: Patch) -> None:
     async def broken(self: Delivery, block_id: str, result: TaskResult) -> None:
         frame = self._session.result_frame(block_id, result)
-        self._spawn(self._spool.commit(block_id, frame.encode()))
+        committing = asyncio.ensure_future(self._spool.commit(block_id, frame.encode()))
+        self._forgetting.add(committing)
+        committing.add_done_callback(self._forgetting.discard)
         self._session.send_result(block_id, frame)
 
     patch.setattr(Delivery, "submit", broken)

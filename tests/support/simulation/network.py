@@ -202,11 +202,20 @@ class Link:
             )
         return frame
 
+    def send_now(self, messages: Sequence[str]) -> bool:
+        if self._end is not None or self._is_closing or self.to_coordinator.is_stuck:
+            return False
+        self._send(messages)
+        return True
+
     async def send_all(self, messages: Sequence[str]) -> None:
         while self._end is None and not self._is_closing and self.to_coordinator.is_stuck:
             await asyncio.sleep(0.05)
         if self._end is not None or self._is_closing:
             raise self._closed_error()
+        self._send(messages)
+
+    def _send(self, messages: Sequence[str]) -> None:
         for message in messages:
             self.life.sent(self, message)
             self.to_coordinator.carry(functools.partial(self._arrived, message))
