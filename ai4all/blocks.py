@@ -6,6 +6,7 @@ Nothing here knows the wire's session or the spool; ``worker`` does.
 from __future__ import annotations
 
 import asyncio
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -46,6 +47,9 @@ _HANG_SLACK_S: Final = 2.0
 
 # How long a load that was cancelled may take to end.
 _LAST_LOAD_S: Final = 3.0
+
+# Reading the memory of two processes takes longer than the rest of a small block's figures.
+_MEMORY_FOR_S: Final = 1.0
 
 # Two clocks that are read one after the other differ by less than this.
 _LEAST_SLEEP_MS: Final = 1000.0
@@ -231,6 +235,8 @@ class ModelGate:
         self._idle.set()
         self._is_stale = False
         self._loading: asyncio.Task[LoadedModel] | None = None
+        self._memory_mb = 0
+        self._memory_until = 0.0
 
     def use(self, model: ModelFile) -> AbstractAsyncContextManager[float]:
         """Hold ``model`` loaded; gives the milliseconds of the load that this took, or 0.
@@ -255,6 +261,14 @@ class ModelGate:
         self._users -= 1
         if self._users == 0:
             self._idle.set()
+
+    def memory_mb(self) -> int:
+        """What the backend's processes have resident, in MiB; a second old at most."""
+        now = time.monotonic()
+        if now >= self._memory_until:
+            self._memory_mb = self._backend.memory_mb()
+            self._memory_until = now + _MEMORY_FOR_S
+        return self._memory_mb
 
     def renew(self) -> None:
         """Have the model loaded anew for the next block: how it shall be run has changed."""
@@ -299,6 +313,7 @@ class ModelGate:
 
     def _loaded(self, task: asyncio.Task[LoadedModel]) -> None:
         self._loading = None
+        self._memory_until = 0.0
         if not task.cancelled():
             task.exception()  # Taken, so that nobody warns when the block has gone.
 
@@ -396,7 +411,7 @@ async def _attempt(
         success=True,
         output=computed.output,
         error=None,
-        metrics=_metrics(computed, load_ms, backend, block.suspended_ms),
+        metrics=_metrics(computed, load_ms, gate.memory_mb(), block.suspended_ms),
         fingerprint=computed.fingerprint,
     )
 
@@ -407,7 +422,7 @@ def _loaded_under(model_id: str, backend: InferenceBackend) -> ModelFile | None:
 
 
 def _metrics(
-    computed: Computed, load_ms: float, backend: InferenceBackend, suspended_ms: float | None
+    computed: Computed, load_ms: float, memory_mb: int, suspended_ms: float | None
 ) -> BlockMetrics:
     """The figures of the native loop; a load that the block had to wait for is added to them."""
     timings = computed.timings
@@ -420,7 +435,7 @@ def _metrics(
         time_to_first_token_ms=timings.time_to_first_token_ms,
         tokens_processed=computed.usage.total_tokens,
         tokens_per_second=timings.decode_tokens_per_second,
-        peak_memory_mb=backend.memory_mb(),
+        peak_memory_mb=memory_mb,
         suspended_ms=suspended_ms,
     )
 

@@ -9,6 +9,7 @@ worker; only ``stop``, a link that failed for good, or a bug does.
 from __future__ import annotations
 
 import asyncio
+import functools
 import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -563,16 +564,24 @@ class Worker:
             result = await run_block(
                 block, self._backend, self._models, self._gate, self._slots, on_text, on_completion
             )
-            await self._answer(block.block_id, result, begun=block.started_at is not None)
-        except Exception as exc:  # noqa: BLE001 - a result that cannot be sent is one more fault.
-            await self._delivery.submit(block.block_id, block.failed(as_compute_error(exc)))
+            has_begun = block.started_at is not None
+            try:
+                await self._answer(block.block_id, result, begun=has_begun)
+            except Exception as exc:  # noqa: BLE001 - what cannot be sent is one more fault.
+                result = block.failed(as_compute_error(exc))
+                await self._delivery.submit(block.block_id, result)
         finally:
             self._blocks.pop(block.block_id, None)
         self._go_on()
+        # Nobody waits for the log; the coordinator waits for the result, which is written now.
+        asyncio.get_running_loop().call_soon(
+            functools.partial(self._log_end, block.block_id, result, begun=has_begun)
+        )
 
     async def _refuse(self, block_id: str, result: TaskResult) -> None:
         await self._answer(block_id, result)
         self._connection.flush()
+        self._log_end(block_id, result)
 
     async def _answer(self, block_id: str, result: TaskResult, *, begun: bool = False) -> None:
         """Deliver what became of a block: refused where that can be said, else as a result.
@@ -585,10 +594,8 @@ class Worker:
             self._delivery.declined(block_id)
         else:
             await self._delivery.submit(block_id, result)
-        # Nobody waits for the log; the coordinator waits for the result, which is written now.
-        asyncio.get_running_loop().call_soon(self._log_end, block_id, result, begun)
 
-    def _log_end(self, block_id: str, result: TaskResult, begun: bool) -> None:
+    def _log_end(self, block_id: str, result: TaskResult, *, begun: bool = False) -> None:
         self._log.info(
             "block_finished" if begun else "block_refused",
             block_id=block_id,

@@ -63,6 +63,9 @@ _OOM_SCORE = "500"
 _SHARE_OF_MEMORY = 0.9
 _LEAST_MEMORY = 1 << 30
 
+# Tokens after the first wait so long for company.
+_TOKENS_WAIT_S = 0.005
+
 
 class EngineHost:
     """Serves a backend: each command in a task, every event back.
@@ -77,6 +80,10 @@ class EngineHost:
         self._backend: InferenceBackend | None = None
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._unsent: list[list[Any]] = []
+        # What will send it: at the end of this turn of the loop, or when tokens have waited.
+        self._soon: asyncio.Handle | None = None
+        self._later: asyncio.TimerHandle | None = None
+        self._sent_at = 0.0
         self._ticking: asyncio.TimerHandle | None = None
         self._closing = asyncio.Event()
 
@@ -97,16 +104,33 @@ class EngineHost:
         await backend.close()
         await self._leave()
 
-    def say(self, message: list[Any]) -> None:
-        """Send ``message``, with whatever else is said in this turn of the loop."""
-        if not self._unsent:
-            asyncio.get_running_loop().call_soon(self._flush)
+    def say(self, message: list[Any], *, can_wait: bool = False) -> None:
+        """Send ``message``, with whatever else is said in this turn of the loop.
+
+        Args:
+            message: What to say.
+            can_wait: It may share a frame with what is said in the next milliseconds. A model that
+                is faster than that would keep both processes busy with its tokens.
+        """
         self._unsent.append(message)
+        if self._soon is not None:
+            return
+        loop = asyncio.get_running_loop()
+        due = self._sent_at + _TOKENS_WAIT_S
+        if not can_wait or loop.time() >= due:
+            self._soon = loop.call_soon(self._flush)
+        elif self._later is None:
+            self._later = loop.call_at(due, self._flush)
 
     def _flush(self) -> None:
+        for handle in (self._soon, self._later):
+            if handle is not None:
+                handle.cancel()
+        self._soon = self._later = None
         if self._unsent:
             self._channel.send(self._unsent)
             self._unsent = []
+            self._sent_at = asyncio.get_running_loop().time()
 
     async def _leave(self) -> None:
         self._flush()
@@ -184,8 +208,11 @@ class EngineHost:
     async def _generate(self, number: int, request: Any) -> None:
         stream = self._serving.generate(GENERATE_REQUEST.validate_python(request))
         try:
+            has_tokens = False
             async for event in stream:
-                self.say([number, *_event_to_wire(event)])
+                is_token = isinstance(event, TokenEvent)
+                self.say([number, *_event_to_wire(event)], can_wait=is_token and has_tokens)
+                has_tokens |= is_token
         finally:
             await stream.aclose()
 

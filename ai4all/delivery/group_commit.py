@@ -13,17 +13,24 @@ import contextlib
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import structlog
 
-from ai4all.delivery.results_file import problem
+from ai4all.delivery.results_file import (
+    DELETE_RESULT,
+    INSERT_RESULT,
+    RESULT_COLUMNS,
+    delete_results,
+    insert_results,
+    problem,
+)
 from ai4all.errors import SpoolError
 
-__all__ = ["Operation", "SpoolWriter", "Transactions", "Writer", "call_on", "settle"]
+__all__ = ["Operation", "SpoolWriter", "Statement", "Transactions", "Writer", "call_on", "settle"]
 
 _log = structlog.get_logger(__name__)
 
@@ -31,20 +38,27 @@ _log = structlog.get_logger(__name__)
 _PATIENT_S = 0.05
 _MAX_BATCH = 512
 
+# Rows of one statement. SQLite of old takes 999 values.
+_MAX_ROWS = 128
 
-@dataclass(slots=True)
+
+Statement = tuple[str, tuple[object, ...]]
+"""SQL with its values."""
+
+
+@dataclass(slots=True, eq=False)
 class Operation:
     """Statements that belong together, and what to call on the loop when their fate is known.
 
     Attributes:
-        statements: SQL with its values.
+        statements: What to execute, in this order.
         patience: Seconds that it may wait for company.
         loop: Where ``done`` is called.
         done: Called with None or the error; without it, nobody waits for the operation.
         error: What became of it.
     """
 
-    statements: list[tuple[str, tuple[object, ...]]]
+    statements: list[Statement]
     patience: float = 0.0
     loop: asyncio.AbstractEventLoop | None = None
     done: Callable[[SpoolError | None], None] | None = None
@@ -58,7 +72,7 @@ class Operation:
     @classmethod
     def awaited(
         cls,
-        statements: list[tuple[str, tuple[object, ...]]],
+        statements: list[Statement],
         done: Callable[[SpoolError | None], None],
         *,
         urgent: bool,
@@ -94,9 +108,8 @@ class Transactions:
         connection = self._connection
         connection.execute("BEGIN IMMEDIATE")
         try:
-            for operation in batch:
-                for sql, values in operation.statements:
-                    connection.execute(sql, values)
+            for sql, values in _together(batch):
+                connection.execute(sql, values)
             connection.execute("COMMIT")
         except BaseException:
             # After some errors SQLite has rolled back by itself.
@@ -118,6 +131,31 @@ class Transactions:
             self._connection.close()
 
 
+def _together(batch: list[Operation]) -> Iterator[tuple[str, Sequence[object]]]:
+    """The statements of a batch, with all results that are new in few, and all that go.
+
+    Python's lock changes hands twice for each statement. A block has one operation on its result at
+    a time, so their order does not matter; that of the notes does.
+    """
+    new: list[object] = []
+    gone: list[object] = []
+    for operation in batch:
+        for sql, values in operation.statements:
+            if sql == INSERT_RESULT:
+                new += values
+            elif sql == DELETE_RESULT:
+                gone += values
+            else:
+                yield sql, values
+    for start in range(0, len(gone), _MAX_ROWS):
+        rows = gone[start : start + _MAX_ROWS]
+        yield delete_results(len(rows)), rows
+    step = _MAX_ROWS * RESULT_COLUMNS
+    for start in range(0, len(new), step):
+        rows = new[start : start + step]
+        yield insert_results(len(rows) // RESULT_COLUMNS), rows
+
+
 class _Stop:
     """The last thing in a writer's queue."""
 
@@ -130,6 +168,9 @@ class SpoolWriter(Protocol):
 
     def put(self, operation: Operation) -> None:
         """Do this soon. On the loop's thread."""
+
+    def withdraw(self, operation: Operation) -> bool:
+        """Do not do this, if there is still time; returns whether there was."""
 
     def stop(self, stopped: Callable[[], None] | None) -> None:
         """Do what was asked, close the database, then call ``stopped``, on any thread."""
@@ -165,6 +206,13 @@ class Writer(Transactions):
                 self._soon = loop.call_soon(self._hand_over)
         elif self._later is None:
             self._later = loop.call_later(operation.patience, self._lose_patience)
+
+    def withdraw(self, operation: Operation) -> bool:
+        """Do not do this, if there is still time; returns whether there was."""
+        if operation not in self._gathered:
+            return False
+        self._gathered.remove(operation)
+        return True
 
     def stop(self, stopped: Callable[[], None] | None) -> None:
         """Do what was asked, close the database, then call ``stopped`` on the thread."""

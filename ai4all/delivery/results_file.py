@@ -11,6 +11,7 @@ steps leaves a state from which the next start goes on.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import shutil
@@ -29,10 +30,13 @@ __all__ = [
     "DELETE_RUNNING",
     "INSERT_RESULT",
     "INSERT_RUNNING",
+    "RESULT_COLUMNS",
     "Recovery",
     "Row",
     "Running",
+    "delete_results",
     "drop_old",
+    "insert_results",
     "open_file",
     "problem",
 ]
@@ -71,6 +75,8 @@ INSERT_RUNNING = "INSERT OR REPLACE INTO running (block_id, begun_at, deadline) 
 DELETE_RUNNING = "DELETE FROM running WHERE block_id = ?"
 INSERT_RESULT = "INSERT INTO results (block_id, payload, sha256, committed_at) VALUES (?, ?, ?, ?)"
 DELETE_RESULT = "DELETE FROM results WHERE block_id = ?"
+RESULT_COLUMNS = 4
+"""Values of one ``INSERT_RESULT``."""
 
 _DAY_S = 86_400.0
 
@@ -162,6 +168,18 @@ def open_file(path: Path) -> tuple[sqlite3.Connection, Contents, Recovery | None
         if isinstance(exc, SpoolError):
             raise
         raise SpoolError(path, exc.strerror or str(exc)) from exc
+
+
+@functools.cache
+def insert_results(count: int) -> str:
+    """``INSERT_RESULT`` of so many rows."""
+    return INSERT_RESULT + ", (?, ?, ?, ?)" * (count - 1)
+
+
+@functools.cache
+def delete_results(count: int) -> str:
+    """``DELETE_RESULT`` of so many rows."""
+    return f"DELETE FROM results WHERE block_id IN (?{', ?' * (count - 1)})"
 
 
 def problem(exc: sqlite3.Error) -> str:

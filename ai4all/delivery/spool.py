@@ -19,7 +19,7 @@ from typing import Protocol, Self
 
 import structlog
 
-from ai4all.delivery.group_commit import Operation, SpoolWriter, Writer, call_on
+from ai4all.delivery.group_commit import Operation, SpoolWriter, Statement, Writer, call_on
 from ai4all.delivery.results_file import (
     DELETE_RESULT,
     DELETE_RUNNING,
@@ -150,6 +150,8 @@ class Spool:
         self._results = {row.block_id: row.payload for row in rows}
         self._bytes = sum(len(row.payload) for row in rows)
         self._interrupted = dict.fromkeys(interrupted)
+        # The notes of blocks that run; None for one that another note of its block came before.
+        self._begun: dict[str, Operation | None] = {}
         # One operation of a block at a time, and who waits for its end.
         self._busy: dict[str, list[asyncio.Future[None]]] = {}
         self._closing: asyncio.Future[None] | None = None
@@ -268,20 +270,25 @@ class Spool:
                 f" {len(payload)} more are beyond the limit of {self._max_bytes}",
             )
         self._bytes += len(payload)
+        row = Row(block_id, payload, self._clock())
+        statements: list[Statement] = [(INSERT_RESULT, row.values())]
+        begun = self._begun.pop(block_id, None)
+        if begun is None or not self._writer.withdraw(begun):
+            begun = None
+            statements.append((DELETE_RUNNING, (block_id,)))
+        # Else it was a block of a moment: nobody needs to have known that it ran.
 
         def settled(error: SpoolError | None) -> None:
             if error is None:
                 self._results[block_id] = payload
                 self._interrupted.pop(block_id, None)
-            else:
-                self._bytes -= len(payload)
+                return
+            self._bytes -= len(payload)
+            if begun is not None and self._closing is None:
+                self._begun[block_id] = begun
+                self._writer.put(begun)
 
-        await self._write(
-            block_id,
-            settled,
-            (INSERT_RESULT, Row(block_id, payload, self._clock()).values()),
-            (DELETE_RUNNING, (block_id,)),
-        )
+        await self._write(block_id, settled, statements)
 
     def forget(self, block_id: str) -> Awaitable[None]:
         """Drop an acknowledged result; see ``ResultSpool``."""
@@ -301,16 +308,24 @@ class Spool:
                 self._bytes -= len(self._results.pop(block_id))
 
         # Nobody waits for it but the next result, which can take it along.
-        return self._write(block_id, settled, (DELETE_RESULT, (block_id,)), urgent=False)
+        return self._write(block_id, settled, [(DELETE_RESULT, (block_id,))], urgent=False)
 
     def begin(self, block_id: str, deadline: float | None = None) -> None:
         """Note that a block runs; see ``ResultSpool``."""
-        self._note(INSERT_RUNNING, Running(block_id, self._clock(), deadline).values())
+        self._check_open()
+        running = Running(block_id, self._clock(), deadline)
+        note = Operation.note(INSERT_RUNNING, running.values())
+        # One that may be on the disk already is deleted there.
+        self._begun[block_id] = None if self._may_run(block_id) else note
+        self._writer.put(note)
 
     def ended(self, block_id: str) -> None:
         """Note that a block no longer runs; see ``ResultSpool``."""
+        self._check_open()
         self._interrupted.pop(block_id, None)
-        self._note(DELETE_RUNNING, (block_id,))
+        begun = self._begun.pop(block_id, None)
+        if begun is None or not self._writer.withdraw(begun):
+            self._writer.put(Operation.note(DELETE_RUNNING, (block_id,)))
 
     async def close(self) -> None:
         """Finish what was asked and let go. May be called again."""
@@ -330,15 +345,15 @@ class Spool:
         if self._closing is not None:
             raise SpoolError(self.path, "it is closed")
 
-    def _note(self, sql: str, values: tuple[object, ...]) -> None:
-        self._check_open()
-        self._writer.put(Operation.note(sql, values))
+    def _may_run(self, block_id: str) -> bool:
+        return block_id in self._begun or block_id in self._interrupted
 
     def _write(
         self,
         block_id: str,
         settled: Callable[[SpoolError | None], None],
-        *statements: tuple[str, tuple[object, ...]],
+        statements: list[Statement],
+        *,
         urgent: bool = True,
     ) -> asyncio.Future[None]:
         written = asyncio.get_running_loop().create_future()
@@ -357,7 +372,7 @@ class Spool:
                 if not waiter.done():
                     waiter.set_result(None)
 
-        self._writer.put(Operation.awaited(list(statements), done, urgent=urgent))
+        self._writer.put(Operation.awaited(statements, done, urgent=urgent))
         return written
 
 

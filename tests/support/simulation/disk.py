@@ -164,6 +164,13 @@ class VirtualWriter(Transactions):
             self._flush_at.cancel()
         self._flush_at = loop.call_at(when, self._flush)
 
+    def withdraw(self, operation: Operation) -> bool:
+        """Do not do this, if there is still time."""
+        if operation not in self._gathered:
+            return False
+        self._gathered.remove(operation)
+        return True
+
     def stop(self, stopped: Callable[[], None] | None) -> None:
         """Do what was asked, close the database, then call ``stopped``."""
         if not self._life.is_dead:
