@@ -104,6 +104,41 @@ def test_configuring_again_does_not_double_lines(tmp_path: Path) -> None:
     assert len(lines(tmp_path)) == 1
 
 
+def test_who_bound_a_logger_before_a_change_logs_where_the_others_do(tmp_path: Path) -> None:
+    configure_logging(settings_for(tmp_path / "before"))
+    bound = structlog.get_logger("ai4all.old").bind(block_id="b-1")
+    configure_logging(settings_for(tmp_path / "after"))
+    bound.info("said")
+    (line,) = lines(tmp_path / "after")
+    assert (line["event"], line["block_id"], line["logger"]) == ("said", "b-1", "ai4all.old")
+    assert lines(tmp_path / "before") == []
+
+
+def test_odd_records_of_others_are_lines_too(tmp_path: Path) -> None:
+    configure_logging(settings_for(tmp_path))
+    theirs = logging.getLogger("some.library")
+    theirs.log(25, "between two levels")
+    theirs.warning("with %d too few", 1, 2)  # A fault of theirs: logged nowhere, and no end.
+    theirs.warning({"not": "a text"})
+    theirs.warning("percent: 100%")
+    assert [(line["level"], line["event"]) for line in lines(tmp_path)] == [
+        ("info", "between two levels"),
+        ("warning", "{'not': 'a text'}"),
+        ("warning", "percent: 100%"),
+    ]
+
+
+def test_a_value_that_cannot_be_shown_ends_nothing(tmp_path: Path) -> None:
+    class Broken:
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    configure_logging(settings_for(tmp_path))
+    structlog.get_logger().info("unlucky", value=Broken())
+    structlog.get_logger().info("next")
+    assert [line["event"] for line in lines(tmp_path)] == ["next"]
+
+
 def test_the_file_is_private_bounded_and_optional(tmp_path: Path) -> None:
     configure_logging(settings_for(tmp_path, log__max_file_mb=1, log__backups=2))
     log = structlog.get_logger()

@@ -17,7 +17,7 @@ import pytest
 import scripted_host
 import ujson
 
-from ai4all.backend import native
+from ai4all.backend import host, native
 from ai4all.backend.base import EngineOptions, GenerateRequest
 from ai4all.backend.channel import (
     MAX_FRAME_BYTES,
@@ -173,6 +173,52 @@ class TestConversation:
         assert "SECRET" not in ujson.dumps(talk.frames)
         await talk.send(["generate", 3, request(max_tokens=1)])
         assert (await talk.until(3, "done", "error"))[1] == "done"
+
+
+class TestCompany:
+    """Which messages share a frame."""
+
+    async def test_what_can_wait_goes_with_what_cannot(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(host, "_TOKENS_WAIT_S", 3600.0)
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        engine_host = host.EngineHost(1.0)
+        frames: list[list[Any]] = []
+        other_end = Channel(frames.append, lambda problem: None)
+        await other_end.open(theirs)
+        await engine_host._channel.open(ours)
+
+        async def come(count: int) -> None:
+            while len(frames) < count:
+                await asyncio.sleep(0.001)
+
+        engine_host.say(["first"], can_wait=False)
+        engine_host.say(["of the same turn"], can_wait=True)
+        await come(1)
+        engine_host.say(["token"], can_wait=True)
+        await asyncio.sleep(0.02)
+        engine_host.say(["another"], can_wait=True)
+        await asyncio.sleep(0.02)
+        assert len(frames) == 1
+        engine_host.say(["done"])
+        await come(2)
+        assert frames == [[["first"], ["of the same turn"]], [["token"], ["another"], ["done"]]]
+        other_end.close()
+        engine_host._closing.set()  # Else the end of its parent would be its own.
+        engine_host._channel.close()
+        await asyncio.sleep(0.01)
+
+    async def test_tokens_do_not_wait_for_the_end(self, scripted: Talk) -> None:
+        await scripted.receive()
+        await scripted.send(["load", 1, model(Path(__file__)), OPTIONS])
+        await scripted.until(1, "loaded")
+        # It hangs after the third: what it said before comes nevertheless.
+        await scripted.send(["generate", 2, request()])
+        tokens = 0
+        while tokens < 3:
+            tokens += sum(message[1] == "token" for message in await scripted.receive())
 
 
 class TestLiveliness:

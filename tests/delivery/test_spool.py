@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ai4all.delivery import group_commit
+from ai4all.delivery.group_commit import Operation
 from ai4all.delivery.results_file import INSERT_RESULT, Row
 from ai4all.delivery.spool import MemorySpool, ResultConflict, ResultSpool, Spool
 from ai4all.errors import SpoolError
@@ -306,6 +307,77 @@ async def test_a_note_shares_the_transaction_of_its_result(path: Path) -> None:
         spool.begin("a")
         await spool.commit("a", b"x")
         assert statements.count("COMMIT") == 1
+
+
+async def test_a_block_of_a_moment_leaves_no_note(path: Path) -> None:
+    async with Spool.open(path) as spool:
+        statements: list[str] = []
+        spool._writer._connection.set_trace_callback(statements.append)
+        spool.begin("a")
+        await spool.commit("a", b"x")
+        spool.begin("b")
+        spool.ended("b")
+        spool.begin("c")
+        await spool.commit("c", b"x")
+        assert not any("running" in text for text in statements)
+
+
+async def test_a_note_that_may_be_on_the_disk_is_deleted(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def running() -> tuple[str, ...]:
+        async with Spool.open(path) as spool:
+            return spool.interrupted
+
+    async with Spool.open(path) as spool:
+        for block in ("a", "b", "c", "d"):
+            spool.begin(block)
+        await spool.commit("other", b"x")  # Takes the notes along.
+        await spool.commit("a", b"x")
+        spool.ended("b")
+        spool.begin("c")  # Again, and then over before this note is written.
+        await spool.commit("c", b"x")
+    assert await running() == ("d",)
+    async with Spool.open(path) as spool:
+        spool.begin("d")  # Given to us again.
+        await spool.commit("d", b"x")
+    assert await running() == ()
+
+
+async def test_a_result_that_cannot_be_kept_leaves_its_block_running(path: Path) -> None:
+    async with Spool.open(path, max_bytes=1000) as spool:
+        transact = spool._writer._transact
+
+        def full(batch: list[Operation]) -> None:
+            if any(sql == INSERT_RESULT for each in batch for sql, _ in each.statements):
+                raise sqlite3.OperationalError("database or disk is full")
+            transact(batch)
+
+        spool._writer._transact = full  # type: ignore[method-assign]
+        spool.begin("a")
+        with pytest.raises(SpoolError, match="full"):
+            await spool.commit("a", b"x")
+        with pytest.raises(SpoolError, match="beyond the limit"):
+            await spool.commit("a", b"x" * 2000)
+        spool._writer._transact = transact  # type: ignore[method-assign]
+    async with Spool.open(path) as spool:
+        assert spool.interrupted == ("a",)
+        await spool.commit("a", b"x")
+    async with Spool.open(path) as spool:
+        assert spool.interrupted == ()
+
+
+async def test_many_results_of_one_moment_are_all_kept_and_all_forgotten(path: Path) -> None:
+    async with Spool.open(path) as spool:
+        await asyncio.gather(*(spool.commit(f"b{n}", bytes([n % 256])) for n in range(700)))
+        expected = [(f"b{n}", bytes([n % 256])) for n in range(700)]
+        assert spool.pending() == expected
+    async with Spool.open(path) as spool:
+        assert spool.pending() == expected
+        gone = asyncio.gather(*(spool.forget(f"b{n}") for n in range(0, 700, 2)))
+        await asyncio.gather(gone, spool.commit("last", b"x"))
+    async with Spool.open(path) as spool:
+        assert spool.pending() == [*expected[1::2], ("last", b"x")]
 
 
 async def test_what_is_acknowledged_goes_with_the_next_result(

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from hostile_links import Link, raw_server
 from websockets.asyncio.client import connect
+from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Opcode
 
 from ai4all.protocol import guarded_socket
 from ai4all.protocol.guarded_socket import MAX_FRAGMENTS, GuardedConnection
+from ai4all.protocol.steady_socket import PIECE
 
 
 def guarded(url: str, **options: Any) -> connect:
@@ -90,3 +92,40 @@ async def test_a_link_that_was_ended_is_not_held_open_by_the_other_side() -> Non
             with pytest.raises(ConnectionClosed):
                 await socket.recv()
         await gone.wait()
+
+
+async def test_short_messages_go_out_at_once_and_long_ones_in_turn() -> None:
+    got: list[object] = []
+
+    async def take(peer: ServerConnection) -> None:
+        got.extend([await peer.recv() for _ in range(5)])
+
+    async with serve(take, "127.0.0.1", 0, compression=None) as server:
+        port = next(iter(server.sockets)).getsockname()[1]
+        async with guarded(f"ws://127.0.0.1:{port}") as socket:
+            assert isinstance(socket, GuardedConnection)
+            assert socket.send_now(["one", "two"])
+            long = "x" * (PIECE + 1)
+            assert not socket.send_now(["short", long])
+            await socket.send_all(["short", long])
+            assert socket.send_now(["three"])
+            while len(got) < 5:
+                await asyncio.sleep(0.001)
+            assert got == ["one", "two", "short", long, "three"]
+
+
+async def test_nothing_goes_out_at_once_where_something_waits() -> None:
+    async def never_read(link: Link) -> None:
+        await asyncio.sleep(30)
+
+    async with raw_server(never_read) as url:
+        socket = await guarded(url, close_timeout=0.1)
+        assert isinstance(socket, GuardedConnection)
+        filling = asyncio.ensure_future(socket.send_all(["f" * PIECE] * 2048))
+        while socket.transport.get_write_buffer_size() == 0:
+            await asyncio.sleep(0.001)
+        assert not socket.send_now(["three"])
+        socket.abort()
+        with pytest.raises(ConnectionClosed):
+            await filling
+        assert not socket.send_now(["after the end"])
