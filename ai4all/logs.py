@@ -77,8 +77,9 @@ _newer_secrets: deque[str] = deque(maxlen=8)
 
 _Event = MutableMapping[str, Any]
 
-# Where lines go. Loggers that were bound before a change of it write to the new ones, too.
+# Where lines go, and what is taken out of them. Loggers that were bound before a change follow it.
 _outputs: list[_Output] = []
+_known_secrets: list[str] = []
 
 
 def configure_logging(
@@ -95,7 +96,6 @@ def configure_logging(
         DataDirectoryError: The log file cannot be written.
     """
     level = logging.getLevelNamesMapping()[settings.log.level.upper()]
-    secrets = _secrets(settings)
     as_json = json_console or settings.log.as_json
     console = _Console(sys.stderr)
     console.setLevel(max(level, logging.WARNING) if quiet else level)
@@ -109,6 +109,7 @@ def configure_logging(
         root.removeHandler(old)
         old.close()
     _outputs[:] = outputs
+    _known_secrets[:] = _secrets(settings)
     root.addHandler(_Records(outputs))
     root.setLevel(level)
     for name, least in _LIBRARIES.items():
@@ -125,7 +126,7 @@ def configure_logging(
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
             structlog.processors.StackInfoRenderer(),
-            functools.partial(_write, secrets),
+            _write,
         ],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -195,16 +196,16 @@ def _secrets(settings: Settings) -> tuple[str, ...]:
     return tuple(text for text in texts if len(text) >= _MIN_SECRET)
 
 
-def _write(secrets: tuple[str, ...], logger: Any, name: str, event: _Event) -> NoReturn:
+def _write(logger: Any, name: str, event: _Event) -> NoReturn:
     """Write an event wherever its level is wanted. The last step: there is nothing after it."""
-    level = _LEVELS[event["level"]]
+    level = _LEVELS.get(event["level"], 0)
     wanted = [output for output in _outputs if output.handler.level <= level]
     # A log never ends its program, whatever somebody put into an event.
     with contextlib.suppress(Exception):
         if wanted:
             # After the traceback became text: it may quote anything.
             kept = {key: event.pop(key) for key in _OWN_KEYS if key in event}
-            shaped = {**redact(event, (*_newer_secrets, *secrets)), **kept}
+            shaped = {**redact(event, (*_newer_secrets, *_known_secrets)), **kept}
             for output in wanted:
                 output.write(output.render(shaped.copy()))
     raise structlog.DropEvent

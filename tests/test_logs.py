@@ -104,13 +104,14 @@ def test_configuring_again_does_not_double_lines(tmp_path: Path) -> None:
     assert len(lines(tmp_path)) == 1
 
 
-def test_who_bound_a_logger_before_a_change_logs_where_the_others_do(tmp_path: Path) -> None:
-    configure_logging(settings_for(tmp_path / "before"))
+def test_who_bound_a_logger_before_a_change_logs_as_the_others_do(tmp_path: Path) -> None:
+    configure_logging(load_settings(None, {"data_dir": tmp_path / "before"}, environ={}))
     bound = structlog.get_logger("ai4all.old").bind(block_id="b-1")
     configure_logging(settings_for(tmp_path / "after"))
-    bound.info("said")
+    bound.info("said", value=f"<{SECRET}>")
     (line,) = lines(tmp_path / "after")
     assert (line["event"], line["block_id"], line["logger"]) == ("said", "b-1", "ai4all.old")
+    assert line["value"] == f"<{REDACTED}>"
     assert lines(tmp_path / "before") == []
 
 
