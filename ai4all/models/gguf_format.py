@@ -136,6 +136,9 @@ REQUIRED_KEYS = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml
 ARCHITECTURE_REQUIRED_KEYS = ("block_count", "context_length", "embedding_length")
 ARCHITECTURE = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 ROPE_SCALINGS = frozenset({"none", "linear", "yarn", "longrope"})
+# Numbers that llama.cpp reads as one of its enumerations, and the most that those can hold.
+MAX_FILE_TYPE = 1023
+MAX_POOLING_TYPE = 4
 TOKENIZERS: Mapping[str, Tokenizer] = MappingProxyType({
     "llama": Tokenizer({"bos": 1, "eos": 2}, frozenset({"bos"})),
     "gpt2": Tokenizer({"bos": 11, "eos": 11}),

@@ -22,6 +22,8 @@ from ai4all.models.gguf_format import (
     KEY_TYPES,
     MAX_BLOCKS,
     MAX_EXPERTS,
+    MAX_FILE_TYPE,
+    MAX_POOLING_TYPE,
     MAX_TEMPLATE_DEPTH,
     REQUIRED_KEYS,
     ROPE_SCALINGS,
@@ -131,6 +133,13 @@ class _Shape:
         scaling = self._metadata.get(f"{self._prefix}rope.scaling.type", "linear")
         if scaling not in ROPE_SCALINGS:
             yield f"has {self._prefix}rope.scaling.type = {str(scaling)[:32]!r}"
+        for key, most in (
+            ("general.file_type", MAX_FILE_TYPE),
+            (f"{self._prefix}pooling_type", MAX_POOLING_TYPE),
+        ):
+            value = self._metadata.get(key, 0)
+            if not isinstance(value, int) or not 0 <= value <= most:
+                yield f"has {key} = {value}; 0 to {most} are accepted"
         yield from self._expert_problems()
 
     def _wrong_float(self, key: str, value: float) -> Iterator[str]:

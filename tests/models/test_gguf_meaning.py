@@ -19,7 +19,6 @@ LEFT_TO_THE_LOADER = {
     "a first token that is not there",
     "a last token below zero",
     "a map that leads out of itself",
-    "a pooling that is not there",
     "a rotation at no frequency",
     "a template that does not end",
     "a template that grows",
@@ -86,6 +85,9 @@ def vocabulary(**changes: tuple[int, Any]) -> dict[str, Any]:
     ("changes", "reason"),
     [
         ({"llama.rope.scaling.type": ("str", "wild")}, "rope.scaling.type = 'wild'"),
+        ({"llama.pooling_type": ("u32", 5)}, "pooling_type = 5; 0 to 4"),
+        ({"llama.pooling_type": ("str", "mean")}, "pooling_type = mean; 0 to 4"),
+        ({"general.file_type": ("u32", 2**31)}, "file_type = 2147483648; 0 to 1023"),
         ({"llama.nextn_predict_layers": ("u32", 3)}, "nextn_predict_layers = 3 of 2 blocks"),
         ({"llama.posnet.block_count": ("u32", 3)}, "posnet.block_count = 3 of 2 blocks"),
         ({"llama.expert_count": ("u32", 1025)}, "expert_count = 1025"),
