@@ -28,7 +28,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
+# Instead of this folder, not before it: matplotlib wants a "packaging", and there is one here.
+sys.path[0] = str(Path(__file__).resolve().parent / "support")
 
 import psutil
 import typer
@@ -317,13 +318,13 @@ def main(
     ):
         found = asyncio.run(soak(Path(folder), hours, rate, sample_every, progress))
     found.short = shortfalls(found, allowed)
-    if plot_file is not None:
-        plot(found, plot_file)
     if as_json:
         typer.echo(ujson.dumps(asdict(found)))
     else:
         print_soak(found, Console())
         print("\n".join(found.short) if found.short else "nothing grows, nothing is lost")
+    if plot_file is not None:
+        plot(found, plot_file)
     raise typer.Exit(1 if found.short else 0)
 
 
