@@ -28,8 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-# Instead of this folder, not before it: matplotlib wants a "packaging", and there is one here.
-sys.path[0] = str(Path(__file__).resolve().parent / "support")
+sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
 
 import psutil
 import typer
@@ -275,6 +274,9 @@ def print_soak(found: Soak, console: Console) -> None:
 
 def plot(found: Soak, file: Path) -> None:
     """Draw all figures over time, one below the other."""
+    # It wants the library "packaging", and has the script of that name that lies here.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [place for place in sys.path if Path(place).resolve() != here]
     import matplotlib
 
     matplotlib.use("Agg")
