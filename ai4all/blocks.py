@@ -6,7 +6,6 @@ Nothing here knows the wire's session or the spool; ``worker`` does.
 from __future__ import annotations
 
 import asyncio
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -264,7 +263,7 @@ class ModelGate:
 
     def memory_mb(self) -> int:
         """What the backend's processes have resident, in MiB; a second old at most."""
-        now = time.monotonic()
+        now = asyncio.get_running_loop().time()
         if now >= self._memory_until:
             self._memory_mb = self._backend.memory_mb()
             self._memory_until = now + _MEMORY_FOR_S

@@ -200,13 +200,14 @@ def _write(logger: Any, name: str, event: _Event) -> NoReturn:
     """Write an event wherever its level is wanted. The last step: there is nothing after it."""
     level = _LEVELS.get(event["level"], 0)
     wanted = [output for output in _outputs if output.handler.level <= level]
-    # A log never ends its program, whatever somebody put into an event.
+    # A log never ends its program, whatever somebody put into an event; nor does one place that
+    # cannot be written take the line from the other.
     with contextlib.suppress(Exception):
-        if wanted:
-            # After the traceback became text: it may quote anything.
-            kept = {key: event.pop(key) for key in _OWN_KEYS if key in event}
-            shaped = {**redact(event, (*_newer_secrets, *_known_secrets)), **kept}
-            for output in wanted:
+        # After the traceback became text: it may quote anything.
+        kept = {key: event.pop(key) for key in _OWN_KEYS if key in event}
+        shaped = {**redact(event, (*_newer_secrets, *_known_secrets)), **kept}
+        for output in wanted:
+            with contextlib.suppress(Exception):
                 output.write(output.render(shaped.copy()))
     raise structlog.DropEvent
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import logging
 import re
 import warnings
@@ -127,6 +128,19 @@ def test_odd_records_of_others_are_lines_too(tmp_path: Path) -> None:
         ("warning", "{'not': 'a text'}"),
         ("warning", "percent: 100%"),
     ]
+
+
+def test_a_terminal_that_has_gone_takes_no_line_from_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stderr", Gone())
+    configure_logging(settings_for(tmp_path))
+    structlog.get_logger().warning("still here")
+    assert [line["event"] for line in lines(tmp_path)] == ["still here"]
 
 
 def test_a_value_that_cannot_be_shown_ends_nothing(tmp_path: Path) -> None:

@@ -148,7 +148,8 @@ _MAX_PATH_LENGTH = 200
 def encode(message: Message, envelope: Envelope | None = None) -> str:
     """Write a message as the text of one frame.
 
-    The same message and envelope give the same text every time.
+    The same message and envelope give the same text every time. Where a field may hold anything, a
+    number that is not finite is written as ``null``.
 
     Args:
         message: What to say.

@@ -319,6 +319,11 @@ def test_what_json_cannot_hold_is_our_fault() -> None:
         encode(Assignment.model_validate(ASSIGNMENT | {"input": {"x": object()}}))
 
 
+def test_a_number_that_is_not_finite_is_written_as_null() -> None:
+    frame = encode(Assignment.model_validate(ASSIGNMENT | {"input": {"x": float("nan")}}))
+    assert ujson.loads(frame)["input"] == {"x": None}
+
+
 def test_describing_never_repeats_a_value() -> None:
     class Strict(BaseModel):
         model_config = ConfigDict(strict=True)
