@@ -58,11 +58,11 @@ from ai4all.protocol.events import (
     WorkDue,
 )
 from ai4all.protocol.messages import (
-    Envelope,
     ErrorDetail,
     ErrorStatus,
     WorkerCapabilities,
     WorkerStatus,
+    envelope,
     working,
 )
 from ai4all.protocol.session import Session, SessionOptions
@@ -150,9 +150,9 @@ class WorkerOptions:
     session: SessionOptions = field(default_factory=SessionOptions)
 
 
-def new_envelope(clock: Clock = SYSTEM_CLOCK) -> Envelope:
+def new_envelope(clock: Clock = SYSTEM_CLOCK) -> str:
     """The envelope of a frame that is written now."""
-    return Envelope(id=str(uuid.uuid4()), timestamp=clock.utc())
+    return envelope(uuid.uuid4(), clock.utc())
 
 
 class Worker:
@@ -209,14 +209,20 @@ class Worker:
             options.worker_id,
             self._describe(),
             self._score(),
-            envelope=lambda: new_envelope(clock),
+            envelope=functools.partial(new_envelope, clock),
             options=options.session,
         )
         self._session.degraded = self._health.degraded
         max_frame = min(link.max_size, options.session.limits.max_bytes)
-        self._delivery = Delivery(spool, self._session, max_frame, self._go_on)
         self._connection = Connection(
             self._session, link, policy, self._on_event, clock=clock, dial=dial
+        )
+        self._delivery = Delivery(
+            spool,
+            self._session,
+            max_frame,
+            sent=self._connection.flush,
+            recovered=self._go_on,
         )
         self._is_up = False
         self._stop_requests = 0

@@ -33,6 +33,9 @@ _log = structlog.get_logger(__name__)
 # How often it is tried to keep what could not be kept.
 _RETRY_S: Final = 5.0
 
+# What is acknowledged is forgotten this much later: not while the next block is begun.
+_FORGET_AFTER_S: Final = 0.01
+
 # What hands a block back is no result of it: the block may come to us again.
 _HANDED_BACK: Final = frozenset({ErrorCode.SHUTTING_DOWN, ErrorCode.PREEMPTED})
 
@@ -44,6 +47,7 @@ class Delivery:
         spool: What keeps them.
         session: What sends them.
         max_frame: Longest message that the coordinator takes, in bytes.
+        sent: Called when the session has a result to send.
         recovered: Called when results can be kept again.
     """
 
@@ -52,16 +56,22 @@ class Delivery:
         spool: ResultSpool,
         session: Session,
         max_frame: int,
+        *,
+        sent: Callable[[], None],
         recovered: Callable[[], None],
     ) -> None:
         self._spool = spool
         self._session = session
         self._max_frame = max_frame
+        self._sent = sent
         self._recovered = recovered
         self._problem: str | None = None
         # What waits for room, oldest first: results to keep, and results to forget.
         self._unkept: dict[str, bytes] = {}
         self._unforgotten: dict[str, None] = {}
+        # Acknowledged results, and what will have them forgotten.
+        self._acknowledged: dict[str, None] = {}
+        self._forgetting_soon: asyncio.TimerHandle | None = None
         self._room = asyncio.Event()
         self._retrying: asyncio.Task[None] | None = None
         self._forgetting: set[asyncio.Future[None]] = set()
@@ -108,30 +118,36 @@ class Delivery:
         if result.error is not None and result.error.code in _HANDED_BACK:
             # Until somebody knows of it, the spool has what ran as running, and the next process
             # hands it back again.
-            self._session.send_result(block_id, frame)
+            self._send(block_id, frame)
             return
         try:
-            if block_id in self._unkept or block_id in self._unforgotten:
-                await self._make_way(block_id)
-            await self._spool.commit(block_id, payload)
+            await self._make_way(block_id)
+            await self._spool.commit(
+                block_id, payload, functools.partial(self._send, block_id, frame)
+            )
         except ResultConflict:
             # One block, one result: the first one that was kept is the one that counts.
             self._unforgotten.pop(block_id, None)
-            frame = dict(self._spool.pending())[block_id].decode("utf-8")
+            self._send(block_id, dict(self._spool.pending())[block_id].decode("utf-8"))
         except SpoolError as exc:
             _log.error("result_not_kept", block_id=block_id, error=str(exc))
             self._unkept[block_id] = payload
             self._wait_for_room(exc)
+            self._send(block_id, frame)
+
+    def _send(self, block_id: str, frame: str) -> None:
         self._session.send_result(block_id, frame)
+        self._sent()
 
     async def _make_way(self, block_id: str) -> None:
         """Let go of an earlier, acknowledged result of a block that was given to us again."""
         self._unkept.pop(block_id, None)
-        if block_id in self._unforgotten:
-            # Whatever comes of it: from now on the block has a result that is to be kept.
-            del self._unforgotten[block_id]
-            with contextlib.suppress(SpoolError):
-                await self._spool.forget(block_id)
+        for ids in (self._acknowledged, self._unforgotten):
+            if block_id in ids:
+                # Whatever comes of it: from now on the block has a result that is to be kept.
+                del ids[block_id]
+                with contextlib.suppress(SpoolError):
+                    await self._spool.forget(block_id)
 
     def acknowledged(self, block_id: str) -> None:
         """The coordinator has a result: the spool need not."""
@@ -139,11 +155,21 @@ class Delivery:
             # Kept as soon as there is room, and forgotten then: this is how room is found out.
             self._unforgotten[block_id] = None
         elif self._spool.has(block_id):
+            self._acknowledged[block_id] = None
+            if self._forgetting_soon is None:
+                loop = asyncio.get_running_loop()
+                self._forgetting_soon = loop.call_later(_FORGET_AFTER_S, self._forget)
+        else:
+            self._spool.ended(block_id)
+
+    def _forget(self) -> None:
+        """Forget what is acknowledged."""
+        self._forgetting_soon = None
+        for block_id in self._acknowledged:
             forgetting = asyncio.ensure_future(self._spool.forget(block_id))
             self._forgetting.add(forgetting)
             forgetting.add_done_callback(functools.partial(self._forgot, block_id))
-        else:
-            self._spool.ended(block_id)
+        self._acknowledged.clear()
 
     def declined(self, block_id: str) -> None:
         """A block was refused in so many words, and left no result."""
@@ -154,6 +180,9 @@ class Delivery:
         if self._retrying is not None:
             self._retrying.cancel()
             await asyncio.wait({self._retrying})
+        if self._forgetting_soon is not None:
+            self._forgetting_soon.cancel()
+            self._forget()
         if self._forgetting:
             await asyncio.wait(set(self._forgetting))
         with contextlib.suppress(SpoolError):

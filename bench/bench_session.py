@@ -10,11 +10,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from ai4all.protocol.codec import decode_client_message
 from ai4all.protocol.events import ResultAcknowledged, WorkAssigned
-from ai4all.protocol.messages import Envelope, Register, SubmitResult
+from ai4all.protocol.messages import Register, SubmitResult, envelope
 from ai4all.protocol.session import Session
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "wire"
-ENVELOPE = Envelope(id="e", timestamp=datetime(2030, 1, 1, tzinfo=UTC))
+ENVELOPE = envelope("e", datetime(2030, 1, 1, tzinfo=UTC))
 
 
 def registered_session() -> Session:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -100,11 +100,13 @@ async def test_a_result_is_kept_before_it_is_sent() -> None:
     order: list[str] = []
 
     class Watched(MemorySpool):
-        async def commit(self, block_id: str, payload: bytes) -> None:
+        async def commit(
+            self, block_id: str, payload: bytes, kept: Callable[[], None] | None = None
+        ) -> None:
             await asyncio.sleep(0.05)
             assert not coordinator.of_type("SubmitResult")
-            await super().commit(block_id, payload)
             order.append("committed")
+            await super().commit(block_id, payload, kept)
 
         async def forget(self, block_id: str) -> None:
             assert coordinator.of_type("SubmitResult")
@@ -594,7 +596,9 @@ async def test_an_assignment_that_comes_too_late_is_handed_back() -> None:
 
 async def test_a_spool_that_fails_stops_the_asking_but_loses_nothing() -> None:
     class Full(MemorySpool):
-        async def commit(self, block_id: str, payload: bytes) -> None:
+        async def commit(
+            self, block_id: str, payload: bytes, kept: Callable[[], None] | None = None
+        ) -> None:
             raise SpoolError("results.sqlite3", "the disk is full")
 
         async def forget(self, block_id: str) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import sqlite3
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -30,9 +31,11 @@ class SmallDisk(MemorySpool):
         self.is_full = is_full
         self.committed: list[str] = []
 
-    async def commit(self, block_id: str, payload: bytes) -> None:
+    async def commit(
+        self, block_id: str, payload: bytes, kept: Callable[[], None] | None = None
+    ) -> None:
         self._need_room()
-        await super().commit(block_id, payload)
+        await super().commit(block_id, payload, kept)
         self.committed.append(block_id)
 
     async def forget(self, block_id: str) -> None:
@@ -304,7 +307,9 @@ async def test_a_late_deletion_does_not_take_the_next_result_of_its_block_along(
         unacknowledged=(),
     )
     spool, ended = Slow(), asyncio.Event()
-    delivery = Delivery(spool, cast(Session, session), 1 << 20, ended.set)
+    delivery = Delivery(
+        spool, cast(Session, session), 1 << 20, sent=lambda: None, recovered=ended.set
+    )
     for block_id in ("b-1", "b-2"):
         await spool.commit(block_id, b"the first")
         delivery.acknowledged(block_id)
@@ -318,3 +323,23 @@ async def test_a_late_deletion_does_not_take_the_next_result_of_its_block_along(
     await ended.wait()
     assert spool.pending() == [("b-2", b"the next")]
     await delivery.close()
+
+
+async def test_a_block_that_comes_again_before_its_result_is_forgotten_gets_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_delivery, "_FORGET_AFTER_S", 3600.0)
+    coordinator = Coordinator(deque([assignment("b-1"), assignment("b-1")]))
+    path = tmp_path / "results.sqlite3"
+    async with (
+        Spool.open(path) as spool,
+        serving(coordinator),
+        working(coordinator, spool=spool) as running,
+    ):
+        acknowledged = BlockAcknowledged("b-1", True, None)
+        await running.until(lambda: running.events.count(acknowledged) == 2)
+    first, second = (ujson.loads(frame)["id"] for frame in coordinator.raw_results())
+    assert first != second
+    # What was still to be forgotten is, at the latest, when the worker ends.
+    async with Spool.open(path) as spool:
+        assert spool.pending() == []

@@ -41,7 +41,6 @@ from ai4all.protocol.messages import (
     ClientMessage,
     Decline,
     Drain,
-    Envelope,
     Error,
     Goodbye,
     Heartbeat,
@@ -54,6 +53,7 @@ from ai4all.protocol.messages import (
     RequestWork,
     ResultAck,
     SubmitResult,
+    envelope,
 )
 
 __all__ = ["EmbeddedCoordinator", "WorkerLink"]
@@ -545,7 +545,7 @@ class EmbeddedCoordinator:
 
     def _frame(self, message: Message) -> str:
         if not self._strict_seed:
-            return encode(message, Envelope(id=str(uuid.uuid4()), timestamp=datetime.now(UTC)))
+            return encode(message, envelope(uuid.uuid4(), datetime.now(UTC)))
         frame = encode(message)
         if isinstance(message, Assignment):
             # As chrono writes an instant that it has from the system's clock.

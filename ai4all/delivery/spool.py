@@ -64,10 +64,18 @@ class ResultConflict(SpoolError, ValueError):
 class ResultSpool(Protocol):
     """What a worker needs of a spool. All calls belong to one event loop's thread."""
 
-    async def commit(self, block_id: str, payload: bytes) -> None:
+    async def commit(
+        self, block_id: str, payload: bytes, kept: Callable[[], None] | None = None
+    ) -> None:
         """Keep a result, and note that its block no longer runs.
 
         It is durable when this returns. The same bytes for the same block again change nothing.
+
+        Args:
+            block_id: The block.
+            payload: The result.
+            kept: Called as soon as the result is durable, on the loop and before this returns:
+                all results of one transaction are told of in one turn of the loop.
 
         Raises:
             ResultConflict: The block has another result.
@@ -253,7 +261,9 @@ class Spool:
         """Whether a result for the block is kept here."""
         return block_id in self._results
 
-    async def commit(self, block_id: str, payload: bytes) -> None:
+    async def commit(
+        self, block_id: str, payload: bytes, kept: Callable[[], None] | None = None
+    ) -> None:
         """Keep a result; see ``ResultSpool``."""
         if block_id in self._busy:
             await self._turn(block_id)
@@ -262,6 +272,8 @@ class Spool:
         if known is not None:
             if known != payload:
                 raise ResultConflict(self.path, block_id)
+            if kept is not None:
+                kept()
             return
         if self._bytes + len(payload) > self._max_bytes:
             raise SpoolError(
@@ -282,6 +294,8 @@ class Spool:
             if error is None:
                 self._results[block_id] = payload
                 self._interrupted.pop(block_id, None)
+                if kept is not None:
+                    kept()
                 return
             self._bytes -= len(payload)
             if begun is not None and self._closing is None:
@@ -362,12 +376,16 @@ class Spool:
         def done(error: SpoolError | None) -> None:
             # Who has stopped waiting has not undone what was on its way to the disk.
             del self._busy[block_id]
-            settled(error)
+            failure: Exception | None = error
+            try:
+                settled(error)
+            except Exception as exc:  # noqa: BLE001 - whoever waits hears of what his call raised.
+                failure = exc
             if not written.done():
-                if error is None:
+                if failure is None:
                     written.set_result(None)
                 else:
-                    written.set_exception(error)
+                    written.set_exception(failure)
             for waiter in waiting:
                 if not waiter.done():
                     waiter.set_result(None)
@@ -392,7 +410,9 @@ class MemorySpool:
         self._interrupted = dict.fromkeys(interrupted)
         self._closed = False
 
-    async def commit(self, block_id: str, payload: bytes) -> None:
+    async def commit(
+        self, block_id: str, payload: bytes, kept: Callable[[], None] | None = None
+    ) -> None:
         """Keep a result; see ``ResultSpool``."""
         self._check_open()
         if self._results.get(block_id, payload) != payload:
@@ -401,6 +421,8 @@ class MemorySpool:
             raise SpoolError("(memory)", f"the limit of {self._max_bytes} bytes is reached")
         self._results[block_id] = payload
         self._interrupted.pop(block_id, None)
+        if kept is not None:
+            kept()
 
     async def forget(self, block_id: str) -> None:
         """Drop an acknowledged result; see ``ResultSpool``."""

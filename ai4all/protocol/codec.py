@@ -33,7 +33,6 @@ from ai4all.protocol.messages import (
     ClientMessage,
     Decline,
     Drain,
-    Envelope,
     Error,
     Goodbye,
     Heartbeat,
@@ -145,7 +144,7 @@ _MAX_NAME_LENGTH = 64
 _MAX_PATH_LENGTH = 200
 
 
-def encode(message: Message, envelope: Envelope | None = None) -> str:
+def encode(message: Message, envelope: str | None = None) -> str:
     """Write a message as the text of one frame.
 
     The same message and envelope give the same text every time. Where a field may hold anything, a
@@ -153,7 +152,8 @@ def encode(message: Message, envelope: Envelope | None = None) -> str:
 
     Args:
         message: What to say.
-        envelope: What to say it under; None keeps the envelope that the message has, if any.
+        envelope: What to say it under, from ``messages.envelope``; None keeps the one that the
+            message has, if any.
 
     Raises:
         LocalProtocolError: It holds something that JSON cannot.
@@ -171,9 +171,9 @@ def encode(message: Message, envelope: Envelope | None = None) -> str:
     return text if own == "{}" else f"{text[:-1]},{own[1:]}"
 
 
-def put_under(text: str, envelope: Envelope) -> str:
+def put_under(text: str, envelope: str) -> str:
     """The text of a frame without an envelope, under one."""
-    return f"{text[:-1]},{envelope.to_json()}}}"
+    return f"{text[:-1]},{envelope}}}"
 
 
 def decode_server_message(

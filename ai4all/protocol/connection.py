@@ -369,7 +369,12 @@ class Connection:
             await self._outbox_filled.wait()
             self._outbox_filled.clear()
             while self._outbox:
-                await socket.send_all(self._next_batch())
+                batch = self._next_batch()
+                if socket.send_now(batch):
+                    # What follows, a ping perhaps, need not wait for all that is in the outbox.
+                    await asyncio.sleep(0)
+                else:
+                    await socket.send_all(batch)
             self._is_writer_busy = False
             self._outbox_empty.set()
 

@@ -8,11 +8,10 @@ protocol reads frames it expects.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Annotated, Any, Final, Literal
+from uuid import UUID
 
-import ujson
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -31,7 +30,6 @@ __all__ = [
     "DeviceSummary",
     "Drain",
     "EXTENSIONS",
-    "Envelope",
     "Error",
     "ErrorDetail",
     "ErrorStatus",
@@ -57,6 +55,7 @@ __all__ = [
     "WorkerStatus",
     "WorkingDetail",
     "WorkingStatus",
+    "envelope",
     "format_timestamp",
     "parse_timestamp",
     "working",
@@ -182,27 +181,18 @@ class ProtocolVersion(WireModel):
 PROTOCOL_VERSION: Final = ProtocolVersion(major=1, minor=0, patch=0)
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
-    """What every frame we send carries besides its message.
+_OUR_VERSION = PROTOCOL_VERSION.model_dump_json()
 
-    Attributes:
-        id: A UUID 4, unique to the frame.
-        timestamp: When the frame was written, in UTC.
-        version: The protocol that the sender speaks.
+
+def envelope(frame_id: str | UUID, written_at: datetime) -> str:
+    """What every frame we send carries besides its message: JSON without the braces.
+
+    Args:
+        frame_id: A UUID 4, unique to the frame.
+        written_at: When that was.
     """
-
-    id: str
-    timestamp: datetime
-    version: ProtocolVersion = PROTOCOL_VERSION
-
-    def to_json(self) -> str:
-        """Its fields as a frame has them, without the braces."""
-        version = self.version
-        return (
-            f'"id":{ujson.dumps(self.id)},"timestamp":"{format_timestamp(self.timestamp)}",'
-            f'"version":{{"major":{version.major},"minor":{version.minor},"patch":{version.patch}}}'
-        )
+    written = format_timestamp(written_at)
+    return f'"id":"{frame_id}","timestamp":"{written}","version":{_OUR_VERSION}'
 
 
 class Message(WireModel):

@@ -57,7 +57,6 @@ from ai4all.protocol.messages import (
     Cancel,
     Decline,
     Drain,
-    Envelope,
     Error,
     Goodbye,
     Heartbeat,
@@ -130,7 +129,7 @@ class Session:
         capabilities: WorkerCapabilities,
         benchmark_score: float | None,
         *,
-        envelope: Callable[[], Envelope],
+        envelope: Callable[[], str],
         options: SessionOptions | None = None,
     ) -> None:
         """Prepare a session; nothing happens before ``connecting``.
@@ -139,7 +138,7 @@ class Session:
             worker_id: The worker's persistent name.
             capabilities: What ``Register`` says. May be set anew between connections.
             benchmark_score: The benchmark's composite score. May be set anew, too.
-            envelope: Makes the envelope of one frame.
+            envelope: Makes the envelope of one frame, as ``messages.envelope`` does.
             options: Patience and limits.
         """
         self.worker_id = worker_id

@@ -89,6 +89,49 @@ async def test_the_same_bytes_again_change_nothing(spool: ResultSpool) -> None:
     assert spool.pending() == [("a", b"1")]
 
 
+async def test_it_tells_when_a_result_is_kept_and_only_then(spool: ResultSpool) -> None:
+    told: list[tuple[str, bool]] = []
+
+    def kept(block_id: str) -> Callable[[], None]:
+        return lambda: told.append((block_id, spool.has(block_id)))
+
+    await spool.commit("a", b"1", kept("a"))
+    assert told == [("a", True)]
+    await spool.commit("a", b"1", kept("a"))
+    with pytest.raises(ResultConflict):
+        await spool.commit("a", b"2", kept("other"))
+    with pytest.raises(SpoolError):
+        await spool.commit("too long", b"x" * 1001, kept("too long"))
+    assert told == [("a", True)] * 2
+
+
+async def test_results_of_one_transaction_are_told_of_before_any_of_their_waiters(
+    path: Path,
+) -> None:
+    order: list[str] = []
+
+    async def commit(spool: Spool, block_id: str) -> None:
+        await spool.commit(block_id, b"x", lambda: order.append(f"kept {block_id}"))
+        order.append(f"returned {block_id}")
+
+    async with Spool.open(path) as spool:
+        await asyncio.gather(commit(spool, "a"), commit(spool, "b"))
+    assert order == ["kept a", "kept b", "returned a", "returned b"]
+
+
+async def test_what_goes_wrong_in_being_told_is_the_callers_own(path: Path) -> None:
+    def broken() -> None:
+        raise RuntimeError("not the spool's")
+
+    async with Spool.open(path) as spool:
+        outcomes = await asyncio.gather(
+            spool.commit("a", b"1", broken), spool.commit("b", b"2"), return_exceptions=True
+        )
+    assert [str(outcome) for outcome in outcomes] == ["not the spool's", "None"]
+    async with Spool.open(path) as spool:
+        assert spool.pending() == [("a", b"1"), ("b", b"2")]
+
+
 async def test_what_is_not_here_can_be_forgotten(spool: ResultSpool) -> None:
     await spool.forget("never")
     await spool.commit("a", b"1")

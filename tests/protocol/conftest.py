@@ -9,21 +9,21 @@ from typing import Any
 import pytest
 import ujson
 
-from ai4all.protocol.messages import Envelope, WorkerCapabilities
+from ai4all.protocol.messages import WorkerCapabilities, envelope
 from ai4all.protocol.session import Session, SessionOptions
 from ai4all.types.task import TaskType
 
 GOLDEN = Path(__file__).parents[2] / "fixtures" / "wire"
 
 
-def counting_envelopes() -> Callable[[], Envelope]:
+def counting_envelopes() -> Callable[[], str]:
     """Envelopes that differ from frame to frame and are the same in every run."""
     numbers: Iterator[int] = itertools.count(1)
     start = datetime(2026, 1, 1, tzinfo=UTC)
 
-    def next_envelope() -> Envelope:
+    def next_envelope() -> str:
         number = next(numbers)
-        return Envelope(id=f"e-{number}", timestamp=start + timedelta(seconds=number))
+        return envelope(f"e-{number}", start + timedelta(seconds=number))
 
     return next_envelope
 

@@ -6,7 +6,6 @@ Each is a mistake that somebody could make in the product. It must be found with
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import sqlite3
 from collections.abc import Callable
@@ -51,7 +50,7 @@ def does_not_wait_until_it_is_kept(patch: Patch) -> None:
         committing = asyncio.ensure_future(self._spool.commit(block_id, frame.encode()))
         self._forgetting.add(committing)
         committing.add_done_callback(self._forgetting.discard)
-        self._session.send_result(block_id, frame)
+        self._send(block_id, frame)
 
     patch.setattr(Delivery, "submit", broken)
 
@@ -100,9 +99,11 @@ def computes_a_block_twice_and_sends_both(patch: Patch) -> None:
         self._running.pop(block_id, None)
         receive(self, block_id, event, now)
 
-    async def lenient(self: Spool, block_id: str, payload: bytes) -> None:
-        with contextlib.suppress(ResultConflict):
-            await commit(self, block_id, payload)
+    async def lenient(self: Spool, block_id: str, payload: bytes, kept: Callable[[], None]) -> None:
+        try:
+            await commit(self, block_id, payload, kept)
+        except ResultConflict:
+            kept()
 
     patch.setattr(Session, "_receive_block", twice)
     patch.setattr(Spool, "commit", lenient)

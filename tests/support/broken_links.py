@@ -39,9 +39,15 @@ class _WatchedSpool(Spool):
         super().__init__(*arguments, **options)  # type: ignore[arg-type]
         self.ever_kept: set[str] = set()
 
-    async def commit(self, block_id: str, payload: bytes) -> None:
-        await super().commit(block_id, payload)
-        self.ever_kept.add(block_id)
+    async def commit(
+        self, block_id: str, payload: bytes, kept: Callable[[], None] | None = None
+    ) -> None:
+        def note() -> None:
+            self.ever_kept.add(block_id)
+            if kept is not None:
+                kept()
+
+        await super().commit(block_id, payload, note)
 
 
 @dataclass(slots=True)

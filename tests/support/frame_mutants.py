@@ -22,7 +22,7 @@ from ai4all.backend.base import GenerateRequest
 from ai4all.blocks import Block
 from ai4all.errors import ComputeError
 from ai4all.protocol.events import AssignmentUnfit, BadFrame, CloseLink, SessionEvent, WorkAssigned
-from ai4all.protocol.messages import Envelope, WorkerCapabilities
+from ai4all.protocol.messages import WorkerCapabilities, envelope
 from ai4all.protocol.session import Session, SessionOptions
 from ai4all.protocol.states import State
 from ai4all.tasks import OFFERED, parse_input
@@ -221,9 +221,9 @@ class Target:
             memory_mb=1024,
             compute_score=0.5,
         )
-        envelope = Envelope(id="e", timestamp=datetime(2030, 1, 1, tzinfo=UTC))
+        under = envelope("e", datetime(2030, 1, 1, tzinfo=UTC))
         options = SessionOptions(max_bad_frames=20)
-        self.session = Session("w", capabilities, 0.5, envelope=lambda: envelope, options=options)
+        self.session = Session("w", capabilities, 0.5, envelope=lambda: under, options=options)
         self._now = 0.0
 
     def feed(self, frame: str | bytes) -> None:

@@ -25,7 +25,6 @@ from ai4all.protocol.messages import (
     ClientMessage,
     Decline,
     Drain,
-    Envelope,
     Error,
     Goodbye,
     Heartbeat,
@@ -38,6 +37,7 @@ from ai4all.protocol.messages import (
     RequestWork,
     ResultAck,
     SubmitResult,
+    envelope,
 )
 from simulation.history import Kind, Record
 from simulation.network import Link, Refusal
@@ -463,11 +463,11 @@ class Coordinator:
         self._send(link, message)
 
     def _send(self, link: Link, message: Message) -> None:
-        envelope = None
+        under = None
         if not self.options.strict_seed:
             self._number += 1
-            envelope = Envelope(id=f"c-{self._number}", timestamp=self._utc())
-        frame = encode(message, envelope)
+            under = envelope(f"c-{self._number}", self._utc())
+        frame = encode(message, under)
         acknowledged = message.block_id if isinstance(message, ResultAck) else None
         link.say(frame, acknowledged)
         if self.frames_to_double > 0:
