@@ -85,7 +85,8 @@ class Block:
         job: What computes it, once that has begun.
         started_at: Monotonic time when computing began, or None.
         stopped_by: Why it was stopped from outside, or None.
-        is_computing: Whether stopping it still means something.
+        is_computing: Whether it is at work.
+        is_over: Whether it is done, and stopping it means nothing any more.
     """
 
     assignment: Assignment
@@ -98,6 +99,7 @@ class Block:
     started_at: float | None = None
     stopped_by: ComputeError | None = field(default=None)
     is_computing: bool = False
+    is_over: bool = False
     _alarm: asyncio.TimerHandle | None = None
 
     @classmethod
@@ -155,8 +157,11 @@ class Block:
 
     def stop(self, why: ComputeError) -> None:
         """Have it answered with ``why`` instead of a result. Too late, does nothing."""
-        if self.is_computing and self.stopped_by is None and self.task is not None:
-            self.stopped_by = why
+        if self.is_over or self.stopped_by is not None:
+            return
+        self.stopped_by = why
+        # One whose task has not taken its first step sees for itself; that step must be taken.
+        if self.is_computing and self.task is not None:
             self.task.cancel()
 
     def failed(self, error: ComputeError) -> TaskResult:
@@ -356,6 +361,8 @@ async def run_block(
     """
     block.is_computing = True
     try:
+        if block.stopped_by is not None:
+            return block.failed(block.stopped_by)
         return await _attempt(block, backend, models, gate, slots, on_text, on_completion)
     except asyncio.CancelledError:
         if block.stopped_by is None:
@@ -366,7 +373,7 @@ async def run_block(
     except Exception as exc:  # noqa: BLE001 - a block's fault must never be the worker's end.
         return block.failed(as_compute_error(exc))
     finally:
-        block.is_computing = False
+        block.is_computing, block.is_over = False, True
         block.rest()
 
 

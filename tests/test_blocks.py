@@ -119,7 +119,7 @@ async def stopped(block: Block) -> Any:
         try:
             await asyncio.sleep(60)
         finally:
-            block.is_computing = False
+            block.is_computing, block.is_over = False, True
             block.rest()
 
     block.is_computing = True

@@ -439,6 +439,28 @@ async def test_cancel_stops_the_engine_and_is_answered() -> None:
     assert backend.calls.cancelled == 1
 
 
+@pytest.mark.parametrize("extensions", [["cancel"], ["cancel", "decline"]])
+async def test_cancel_that_comes_with_its_assignment_is_heeded(extensions: list[str]) -> None:
+    coordinator = Coordinator(extensions=extensions)
+    backend = FakeBackend(ScriptedGeneration(token_ms=10.0))
+    async with serving(coordinator), working(coordinator, backend) as running:
+        await running.until(lambda: bool(coordinator.of_type("RequestWork")))
+        # Nothing in between lets the worker have the first before the second.
+        await coordinator.say(**assignment(input={"max_tokens": 100_000}))
+        await coordinator.say(type="Cancel", block_id="b-1")
+        await running.until(
+            lambda: bool(coordinator.of_type("Decline") or coordinator.of_type("SubmitResult"))
+        )
+        coordinator.tasks.append(assignment("next"))
+        await running.until(lambda: "next" in coordinator.results())
+    if "decline" in extensions:
+        error = coordinator.of_type("Decline")[0]["error"]
+    else:
+        error = coordinator.results()["b-1"]["error"]
+    assert error["code"] == "cancelled"
+    assert backend.calls.cancelled == 0
+
+
 async def test_drain_stops_the_asking_and_finishes() -> None:
     coordinator = Coordinator(deque([assignment()]), extensions=["drain"], heartbeat_ms=100)
     backend = FakeBackend(ScriptedGeneration(token_ms=10.0))
