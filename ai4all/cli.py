@@ -476,6 +476,7 @@ def main(arguments: Sequence[str] | None = None, environment: Environment | None
     Returns:
         The exit status.
     """
+    _open_what_is_closed()
     # A character that the terminal cannot show must not cost the whole answer.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -508,6 +509,22 @@ def main(arguments: Sequence[str] | None = None, environment: Environment | None
             raise
         return _fail(*known)
     return status if isinstance(status, int) else 0
+
+
+def _open_what_is_closed() -> None:
+    """Let nothing be what a daemon has instead of the standard streams.
+
+    Python leaves out those that are closed, and the system would give their numbers to the next
+    files that are opened.
+    """
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # The lowest that is free, and so this one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _fail(line: str, status: int) -> int:

@@ -13,6 +13,7 @@ import logging
 import logging.handlers
 import os
 import re
+import select
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -270,16 +271,86 @@ class _Records(logging.Handler):
 
 
 class _Console(logging.StreamHandler[TextIO]):
-    """A terminal."""
+    """Standard error, which nobody has to read.
+
+    A terminal may be stopped with Ctrl-S and a pipe be full; whoever waited for them would stop
+    working. Lines that are not taken at once are left out, and counted.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._descriptor, self._is_own = _open_once_more(stream)
+        self._rest = b""
+        self._left_out = 0
+
+    def close(self) -> None:
+        """Let go of what was opened once more."""
+        if self._descriptor is not None and self._is_own:
+            os.close(self._descriptor)
+        self._descriptor, self._is_own = None, False
+        super().close()
 
     def write_line(self, line: str) -> None:
-        """Write a line and show it at once."""
+        """Write a line and show it at once, or leave it out."""
         self.acquire()
         try:
-            self.stream.write(line + self.terminator)
-            self.flush()
+            left_out = self._write(line + self.terminator)
         finally:
             self.release()
+        if left_out:
+            structlog.get_logger(__name__).warning("lines_left_out", count=left_out)
+
+    def _write(self, text: str) -> int:
+        """Write ``text``; returns how many lines before it were left out."""
+        descriptor = self._descriptor
+        if descriptor is None:
+            self.stream.write(text)
+            self.flush()
+            return 0
+        self._rest = _taken(descriptor, self._rest)
+        if self._rest:
+            self._left_out += 1
+            return 0
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        data = text.encode(encoding, "replace")
+        self._rest = _taken(descriptor, data)
+        if self._rest == data:
+            # Not a letter of it: nothing has to be finished later.
+            self._rest = b""
+            self._left_out += 1
+            return 0
+        left_out, self._left_out = self._left_out, 0
+        return left_out
+
+
+def _taken(descriptor: int, data: bytes) -> bytes:
+    """Write what is taken at once; returns the rest."""
+    # What is said to be ready takes this much without a wait.
+    while data and select.select((), (descriptor,), (), 0)[1]:
+        try:
+            data = data[os.write(descriptor, data[: select.PIPE_BUF]) :]
+        except BlockingIOError:
+            break
+    return data
+
+
+def _open_once_more(stream: TextIO) -> tuple[int | None, bool]:
+    """Where to write without a wait, and whether it was opened here.
+
+    None for a stream that is none of the system's.
+    """
+    try:
+        descriptor = stream.fileno()
+        # A terminal says that it is ready also when it has too little room. Opened once more it
+        # can be told not to wait, and whoever shares it does not notice.
+        if os.isatty(descriptor):
+            flags = os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
+            with contextlib.suppress(OSError):
+                return os.open(os.ttyname(descriptor), flags), True
+        select.select((), (descriptor,), (), 0)
+    except (AttributeError, OSError, ValueError):
+        return None, False
+    return descriptor, False
 
 
 class _PrivateRotatingFile(logging.handlers.RotatingFileHandler):

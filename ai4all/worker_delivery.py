@@ -111,7 +111,7 @@ class Delivery:
             # The coordinator would close the link on it, again after every reconnect.
             too_long = BadRequest(
                 f"the result has {len(payload)} bytes, a message at most {self._max_frame}; "
-                "ask for fewer tokens"
+                "ask for less"
             )
             frame = self._session.result_frame(block_id, never_begun(too_long))
             payload = frame.encode("utf-8")

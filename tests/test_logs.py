@@ -2,10 +2,15 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import pty
 import re
+import select
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import structlog
@@ -274,3 +279,46 @@ def test_a_secret_that_comes_later_is_hidden_too(tmp_path: Path) -> None:
     for number in range(100):
         hide_secret(f"token-{number}")
     assert len(logs._newer_secrets) < 10
+
+
+@pytest.fixture(params=["pipe", "terminal"])
+def unread(request: pytest.FixtureRequest) -> Iterator[tuple[int, TextIO]]:
+    """Where to read, and a standard error that nobody has read from yet."""
+    reading, writing = os.pipe() if request.param == "pipe" else pty.openpty()
+    with os.fdopen(writing, "w", encoding="utf-8") as stream:
+        yield reading, stream
+    os.close(reading)
+
+
+def taken(reading: int) -> str:
+    """All that is there to be read."""
+    pieces = []
+    while select.select([reading], [], [], 0.2)[0]:
+        pieces.append(os.read(reading, 65_536))
+    return b"".join(pieces).decode().replace("\r\n", "\n")
+
+
+def test_who_does_not_read_standard_error_holds_nobody_up(
+    tmp_path: Path, unread: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, stream = unread
+    monkeypatch.setattr(sys, "stderr", stream)
+    configure_logging(settings_for(tmp_path), json_console=True)
+    log = structlog.get_logger("x")
+    for number in range(3000):
+        log.info("something happened", number=number, padding="p" * 100)
+    assert len(lines(tmp_path)) == 3000
+    shown = taken(reading)
+    log.info("it is read again")
+    shown += taken(reading)
+    log.info("and goes on")
+    shown += taken(reading)
+    # What was begun is finished, so every line is whole.
+    pieces = [ujson.loads(line) for line in shown.splitlines()]
+    numbers = [piece["number"] for piece in pieces if "number" in piece]
+    assert 0 < len(numbers) < 3000
+    assert numbers == list(range(len(numbers)))
+    (left_out,) = (piece["count"] for piece in pieces if piece["event"] == "lines_left_out")
+    others = [piece["event"] for piece in pieces if "number" not in piece]
+    assert others[-1] == "and goes on"
+    assert left_out + len(numbers) + others.count("it is read again") == 3001

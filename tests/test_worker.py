@@ -658,7 +658,7 @@ async def test_a_result_that_no_message_can_hold() -> None:
         await running.until(lambda: "good" in coordinator.results())
     error = coordinator.results()["big"]["error"]
     assert error["code"] == "bad_request"
-    assert "ask for fewer tokens" in error["message"]
+    assert "ask for less" in error["message"]
     assert len(coordinator.sockets) == 1
 
 

@@ -21,7 +21,7 @@ from ai4all.benchmark.scores import (
 )
 from ai4all.benchmark.store import BenchmarkStore
 from ai4all.benchmark.tuning_store import Tuning
-from ai4all.errors import EngineClosed
+from ai4all.errors import ContextOverflow, EngineClosed
 
 __all__ = ["BenchmarkProgress", "BenchmarkSuite", "TOKENS_PER_PROMPT", "benchmark_prompts"]
 
@@ -32,6 +32,9 @@ TOKENS_PER_PROMPT = 100
 
 _WARM_UP_PROMPT = "Once upon a time there was"
 _WARM_UP_TOKENS = 8
+
+# Characters. A context that has no room for these has none for the tokens to be sampled either.
+_LEAST_PROMPT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ class BenchmarkSuite:
             _log.debug("measuring the %s prompt", name)
             done = sum(row.completion_tokens for row in rows)
             report(name, done)
-            rows.append(await _measure(backend, name, prompt, done, report))
+            rows.append(await _measure_what_fits(backend, name, prompt, done, report))
 
         capabilities = backend.capabilities()
         memory_mb = backend.memory_mb()
@@ -118,6 +121,32 @@ class BenchmarkSuite:
         if self._store is not None:
             await asyncio.to_thread(self._store.save, result)
         return result
+
+
+async def _measure_what_fits(
+    backend: InferenceBackend,
+    name: str,
+    prompt: str,
+    done: int,
+    report: Callable[[str, int], None],
+) -> PromptFigures:
+    """Measure with a prompt, or with its beginning where the context has no room for all of it."""
+    whole = len(prompt)
+    while True:
+        try:
+            figures = await _measure(backend, name, prompt, done, report)
+        except ContextOverflow:
+            if len(prompt) < _LEAST_PROMPT:
+                raise
+            prompt = prompt[: len(prompt) * 3 // 4]
+            continue
+        if len(prompt) < whole:
+            _log.warning(
+                "the %s prompt did not fit into the context: its first %d tokens were measured",
+                name,
+                figures.prompt_tokens,
+            )
+        return figures
 
 
 async def _measure(

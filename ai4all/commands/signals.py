@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 __all__ = ["on_hangup", "on_stop_signals"]
 
@@ -15,29 +16,36 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextlib.contextmanager
 def on_stop_signals(
-    stop: Callable[[], object], *, calls: int = 2, deaf_at_end: bool = False
+    stop: Callable[[], object],
+    *,
+    at_once: Callable[[], object] | None = None,
+    calls: int = 2,
+    deaf_at_end: bool = False,
 ) -> Iterator[None]:
     """Call ``stop`` on SIGINT and SIGTERM, on the running loop's thread.
 
     Args:
-        stop: What the signals call.
+        stop: What the signals call, in a turn of the loop.
+        at_once: What the first one calls, whatever the loop does; it may interrupt anything.
         calls: After so many signals the next one ends the process, whatever hangs.
         deaf_at_end: Where there was a signal, another one that comes after the work has ended
             changes nothing any more, not even the exit status.
     """
-    loop = asyncio.get_running_loop()
     seen = 0
 
-    def handle() -> None:
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
         nonlocal seen
         seen += 1
+        if seen == 1 and at_once is not None:
+            at_once()
         if seen >= calls:
             for each in _STOP_SIGNALS:
-                loop.remove_signal_handler(each)
                 signal.signal(each, signal.SIG_DFL)
-        stop()
 
-    with _handling(_STOP_SIGNALS, handle):
+    with _handling(_STOP_SIGNALS, stop):
+        # The loop hears of a signal by other means; its own handlers here do nothing.
+        for each in _STOP_SIGNALS:
+            signal.signal(each, interrupt)
         yield
     if deaf_at_end and seen:
         for each in _STOP_SIGNALS:
@@ -68,7 +76,7 @@ def on_hangup(reload: Callable[[], object], stop: Callable[[], object]) -> Itera
 
 
 @contextlib.contextmanager
-def _handling(signals: tuple[signal.Signals, ...], handle: Callable[[], None]) -> Iterator[None]:
+def _handling(signals: tuple[signal.Signals, ...], handle: Callable[[], object]) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     before = {each: signal.getsignal(each) for each in signals}
     for each in signals:

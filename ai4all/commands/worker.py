@@ -98,13 +98,17 @@ async def _run_until_stopped(
     task = asyncio.current_task()
     assert task is not None
 
-    def stop() -> None:
-        nonlocal stopped_early, is_stopping
+    def light_fuse() -> None:
+        nonlocal is_stopping
         if not is_stopping:
             is_stopping = True
             grace = (settings if live is None else live.settings).worker.stop_grace_seconds
             reason = "something hangs; ended by force"
             last_resort.light(grace + _ENDS_AFTER_GRACE_S, EXIT_FAILURE, reason)
+
+    def stop() -> None:
+        nonlocal stopped_early
+        light_fuse()
         if worker is not None:
             worker.stop()
         else:
@@ -118,7 +122,7 @@ async def _run_until_stopped(
         else:
             reload_is_due = True
 
-    with on_stop_signals(stop, deaf_at_end=True), on_hangup(reload, stop):
+    with on_stop_signals(stop, at_once=light_fuse, deaf_at_end=True), on_hangup(reload, stop):
         try:
             async with contextlib.AsyncExitStack() as held:
                 worker, apply = await _prepare(environment, settings, link, held)

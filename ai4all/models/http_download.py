@@ -88,6 +88,10 @@ async def get_over_http(
                     delay = RETRY_DELAYS[min(unproductive, len(RETRY_DELAYS)) - 1]
                     await asyncio.sleep(delay)
                 from_earlier_run = from_earlier_run and not download.restarted
+            except ValueError as error:
+                # What the parser of addresses says may quote the password of a proxy.
+                problem = "its address, or the proxy of this environment, cannot be used"
+                raise ModelSourceError(url, problem) from error
             else:
                 return from_earlier_run and not download.restarted
 

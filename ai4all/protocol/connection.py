@@ -271,15 +271,17 @@ class Connection:
         self.session.connecting()
         try:
             socket = await self._unless_closing(self._dial(self._options))
-        except (InvalidURI, InvalidProxy, ImportError) as exc:
-            # The text of a bad proxy may hold its password.
-            what = "the proxy of this environment" if not isinstance(exc, InvalidURI) else "the URL"
-            raise ConfigError(URL_KEY, f"{what} cannot be used", "") from exc
+        except InvalidURI as exc:
+            raise ConfigError(URL_KEY, "the URL cannot be used", "") from exc
         except ConfigError as exc:
             # The file of the token, perhaps just being written anew.
             lost = _Lost(str(exc))
         except (OSError, TimeoutError, InvalidHandshake) as exc:
             lost = self._explain(exc)
+        except (InvalidProxy, ImportError, ValueError) as exc:
+            # The text of a bad proxy may hold its password.
+            problem = "the proxy of this environment cannot be used"
+            raise ConfigError(URL_KEY, problem, "") from exc
         else:
             lost = await self._serve(socket) if socket is not None else _Lost("closing")
         finally:

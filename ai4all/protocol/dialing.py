@@ -121,6 +121,9 @@ def check_url(url: str, *, allow_insecure: bool = False, origin: str = "") -> No
         parts = urllib.parse.urlsplit(url)
         host, scheme = parts.hostname, parts.scheme.lower()
         _ = parts.port  # Raises when it is not a port.
+        (host or "").encode("idna")  # As whoever looks it up will do.
+    except UnicodeError:
+        raise ConfigError(URL_KEY, "not a valid address: no such host name", origin) from None
     except ValueError as exc:
         raise ConfigError(URL_KEY, f"not a valid address: {exc}", origin) from None
     if scheme not in ("ws", "wss") or not host:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
-from ai4all.backend.base import Completion, GenerateRequest
+from ai4all.backend.base import Completion, GenerateRequest, TokenLogprob
 from ai4all.errors import BadRequest, EngineCrashed
 from ai4all.tasks.evidence import find_evidence
 from ai4all.tasks.generation import (
@@ -24,6 +26,9 @@ __all__ = ["answer_question", "check_question", "confidence"]
 _SYSTEM_PROMPT: Final = "You answer questions about a text briefly."
 # Behind a long context, because a small model heeds best what it read last.
 _INSTRUCTION: Final = "Answer briefly, in the words of the text."
+
+_REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
+_PIECE: Final = re.compile(f"({_REPLACEMENT})")
 
 
 def check_question(task_input: QuestionAnsweringInput) -> None:
@@ -66,16 +71,31 @@ def confidence(completion: Completion) -> float:
     """
     if not completion.text.strip():
         return 0.0
-    length = 0
-    logprobs: list[float] = []
-    for token in completion.logprobs:
-        if length >= len(completion.text):
-            break
-        length += len(token.text)
-        logprobs.append(token.logprob)
+    logprobs = [token.logprob for token in _within(completion.text, completion.logprobs)]
     if not logprobs:
         raise EngineCrashed("the engine gave no log probabilities")
     return min(1.0, math.exp(math.fsum(logprobs) / len(logprobs)))
+
+
+def _within(text: str, tokens: Sequence[TokenLogprob]) -> Iterator[TokenLogprob]:
+    """The tokens that ``text`` was made of.
+
+    A character may be split over several tokens. Each has U+FFFD for its piece, so from there to
+    the next whole character it is only known that there are no more characters than pieces.
+    """
+    end = pieces = 0
+    for token in tokens:
+        if end >= len(text):
+            return
+        for part in _PIECE.split(token.text):
+            if part == _REPLACEMENT:
+                pieces += 1
+            elif part:
+                begin = text.find(part, end, end + pieces + len(part))
+                if begin < 0:
+                    return
+                end, pieces = begin + len(part), 0
+        yield token
 
 
 def _request(job: Job, task_input: QuestionAnsweringInput) -> GenerateRequest:

@@ -151,7 +151,7 @@ class GenerationParameters(_Wire):
     stop_sequences: list[_StopSequence] = Field(default_factory=list, max_length=64)
     seed: int | None = Field(None, ge=0, le=18_446_744_073_709_551_615)
     logprobs: int | None = Field(None, ge=0, le=100)
-    grammar: str | None = Field(None, max_length=262_144)
+    grammar: str | None = Field(None, min_length=1, max_length=262_144)
     json_schema: dict[str, Any] | None = None
     ignore_eos: bool = False
     deterministic: bool = False

@@ -10,7 +10,7 @@ from ai4all.backend.fake import FakeBackend, ScriptedGeneration
 from ai4all.benchmark.scores import composite_score
 from ai4all.benchmark.store import BenchmarkStore
 from ai4all.benchmark.suite import BenchmarkProgress, BenchmarkSuite, benchmark_prompts
-from ai4all.errors import EngineClosed, EngineCrashed
+from ai4all.errors import ContextOverflow, EngineClosed, EngineCrashed
 from ai4all.types.model import ModelFile
 
 MODEL = ModelFile("benchmark", Path("absent.gguf"), "cd" * 32, 1)
@@ -55,6 +55,20 @@ async def test_the_prompts_are_sent_greedy_and_to_the_full_length() -> None:
     assert {(r.temperature, r.repetition_penalty, r.max_tokens) for r in measured} == {
         (0.0, 1.0, 100)
     }
+
+
+async def test_a_prompt_that_does_not_fit_is_measured_as_far_as_it_does(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    backend = FakeBackend(ScriptedGeneration(token_ms=1.0), time_scale=0.0)
+    await backend.load(MODEL, EngineOptions(n_ctx=512))
+    result = await BenchmarkSuite().run(backend)
+    assert [row.name for row in result.prompts] == ["short", "medium", "long"]
+    assert 256 < result.prompts[2].prompt_tokens < 512
+    assert f"its first {result.prompts[2].prompt_tokens} tokens" in caplog.text
+    await backend.load(MODEL, EngineOptions(n_ctx=2))
+    with pytest.raises(ContextOverflow):
+        await BenchmarkSuite().run(backend)
 
 
 async def test_progress_counts_up_to_the_end() -> None:

@@ -2,8 +2,13 @@ from __future__ import annotations
 
 import errno
 import inspect
+import os
+import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
+from worker_process import real_command
 
 from ai4all import errors
 from ai4all.commands.failure import describe_failure
@@ -71,3 +76,14 @@ def test_every_error_of_the_package_has_a_line() -> None:
         described = describe_failure(kind(*["what"] * max(1, len(needed) - 1)))
         assert described is not None, kind
         assert "what" in described[0], kind
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_streams_may_be_closed(tmp_path: Path, closed: str) -> None:
+    line = f"{shlex.join(real_command('config', 'show'))} {closed}"
+    environment = os.environ | {"AI4ALL_DATA_DIR": str(tmp_path)}
+    done = subprocess.run(
+        ["sh", "-c", line], env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("coordinator.url" in done.stdout) == (">&-" not in closed or closed == "2>&-")

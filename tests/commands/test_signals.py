@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
+import textwrap
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -34,3 +38,31 @@ async def test_an_end_of_its_own_leaves_the_handlers_as_they_were() -> None:
     with on_stop_signals(lambda: None, deaf_at_end=True):
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_loop_that_is_held_up_does_not_hold_up_the_signals() -> None:
+    code = """
+        import asyncio, os, time
+        from ai4all.commands.signals import on_stop_signals
+
+        async def main():
+            with on_stop_signals(lambda: None, at_once=lambda: print("at once", flush=True)):
+                print("ready", flush=True)
+                reading, _ = os.pipe()
+                os.read(reading, 1)
+
+        asyncio.run(main())
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "at once\n"
+        while process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.05)
+        assert process.stdout.read() == ""
+    assert process.returncode == -signal.SIGTERM

@@ -38,6 +38,17 @@ def test_a_wrong_url_is_one_line_before_anything_happens(
     assert not data_dir.exists()
 
 
+@pytest.mark.parametrize("proxy", ["http://[::1", "http://127.0.0.1:99999", "http://ex..ample"])
+def test_a_proxy_that_is_none_is_one_line(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, proxy: str
+) -> None:
+    monkeypatch.setenv("https_proxy", proxy)
+    done = cli("worker", "--coordinator", "wss://coordinator.invalid")
+    assert done.status == 2
+    assert "the proxy of this environment cannot be used" in done.err.splitlines()[-1]
+    assert "Traceback" not in done.err
+
+
 def test_an_absent_model_is_one_line_and_costs_no_download(cli: Cli, data_dir: Path) -> None:
     done = cli("worker", "--coordinator", "ws://127.0.0.1:1", "--model", "absent")
     assert done.status == 1

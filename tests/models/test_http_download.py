@@ -253,3 +253,21 @@ async def test_a_content_encoding_is_refused(server: FileServer, partial: Path) 
     server.encoding = "gzip"
     with pytest.raises(ModelSourceError, match="gzip"):
         await get(server, partial)
+
+
+@pytest.mark.parametrize(
+    ("url", "proxy"),
+    [
+        ("https://ex..ample.invalid/x.gguf", None),
+        ("https://host.invalid/x.gguf", "http://[::1"),
+        ("https://host.invalid/x.gguf", "http://me:hunter2@127.0.0.1:99999"),
+    ],
+)
+async def test_an_address_that_is_none_is_an_error_of_the_source(
+    partial: Path, url: str, proxy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if proxy is not None:
+        monkeypatch.setenv("https_proxy", proxy)
+    with pytest.raises(ModelSourceError, match="cannot be used") as caught:
+        await fetch(url, partial, expected_sha256=SHA256, expected_size=None, disk_reserve_bytes=0)
+    assert "hunter2" not in str(caught.value)

@@ -571,6 +571,8 @@ def test_addresses_that_can_be_used(url: str) -> None:
         ("wss://host:notaport", "valid address"),
         ("wss://host:99999", "valid address"),
         ("wss://[::1", "valid address"),
+        ("wss://ex..ample.invalid", "no such host name"),
+        (f"wss://{'a' * 64}.invalid", "no such host name"),
         ("wss://me:hunter2@host", "token"),
         ("wss://me@host", "token"),
         ("wss://host/#x", "fragment"),

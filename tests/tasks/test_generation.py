@@ -110,6 +110,7 @@ async def test_progress_ends_at_what_was_possible() -> None:
         ({"prompt": "secret", "max_tokens": "7"}, "input.max_tokens: "),
         ({"prompt": "secret", "stop_sequences": [""]}, "input.stop_sequences.0: "),
         ({"prompt": "secret", "grammar": "x", "json_schema": {}}, "input.grammar: "),
+        ({"prompt": "secret", "grammar": ""}, "input.grammar: "),
     ],
 )
 def test_bad_input_names_the_field(task_input: dict[str, Any], path: str) -> None:

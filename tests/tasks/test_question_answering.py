@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from task_runs import MODEL, run_task
 
-from ai4all.backend.base import EngineOptions, LoadedModel
+from ai4all.backend.base import EngineOptions, LoadedModel, TokenLogprob
 from ai4all.backend.fake import FakeBackend, ScriptedGeneration
 from ai4all.errors import BadRequest, ContextOverflow, EngineCrashed
 from ai4all.tasks import parse_input
+from ai4all.tasks.question_answering import _within
 from ai4all.types.task import QuestionAnsweringOutput, TaskType
 
 CONTEXT = "The bridge was built in 1912 by Clara Voss."
@@ -55,6 +56,26 @@ async def test_tokens_behind_a_stop_sequence_do_not_count() -> None:
     output = await ask(backend, stop_sequences=["END"])
     assert output.answer == "Clara Voss"
     assert output.confidence == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces", "counted"),
+    [
+        # Four bytes over four tokens, and over two; a stop sequence behind them.
+        ("🦄 🐉", ["\ufffd"] * 4 + [" ", "\ufffd", "\ufffd"], 7),
+        ("a🦄b", ["a", "\ufffd", "\ufffd", "b", "END"], 4),
+        ("a 🦄", ["a", " \ufffd", "\ufffd", "END"], 3),
+        # Text that no UTF-8 was in.
+        ("a\ufffdb", ["a", "\ufffd", "b", "END"], 3),
+        ("ab", ["a", "", "b", "END"], 3),
+        ("ab", ["ab", "ab"], 1),
+    ],
+)
+def test_tokens_that_hold_pieces_of_a_character_count(
+    text: str, pieces: list[str], counted: int
+) -> None:
+    tokens = [TokenLogprob(n, piece, -1.0, ()) for n, piece in enumerate(pieces)]
+    assert [token.token for token in _within(text, tokens)] == list(range(counted))
 
 
 async def test_no_answer_is_no_confidence() -> None:

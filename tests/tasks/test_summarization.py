@@ -62,6 +62,12 @@ async def test_the_length_bounds_the_tokens_unless_the_input_does() -> None:
     assert named == 256
 
 
+async def test_a_bullet_ends_where_the_grammars_line_ends() -> None:
+    odd = "one\u2028two\x0bthree\x85four."
+    output = await summarize(saying("- " + odd, "\n- five."), style="bullets")
+    assert output.summary == f"- {odd}\n- five."
+
+
 async def test_bullets_are_one_each_and_the_last_is_whole() -> None:
     backend = saying("- One thing.\n", "- Another.\n", "- One thing.\n", "-")
     output = await summarize(backend, style="bullets")
