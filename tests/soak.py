@@ -5,7 +5,7 @@ and the coordinator is in this process. Links are cut, closed and refused, ackno
 assignments repeated, blocks cancelled, and the engine is killed (rarely: three deaths in half an
 hour would quarantine the model). Memory, descriptors and threads of both processes, throughput and
 log volume are sampled; a line is fitted to each after the warm-up. An engine that was killed starts
-a new line with the slope of the others.
+a new line with the slope of the others, after a warm-up of its own.
 
 Usage: python tests/soak.py [--hours H] [--rate TASKS_PER_SECOND] [--json] [--plot FILE.png]
 
@@ -42,6 +42,9 @@ from tiny_gguf import write_tiny_gguf
 MIB = 1024 * 1024
 WARM_UP = 0.2
 """Share of the run, at the start, that no line is fitted to."""
+
+ENGINE_WARM_UP_S = 300.0
+"""The same of each engine process: until it has had each kind of work, and long prompts."""
 
 MAIN = "import sys; from ai4all.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -101,9 +104,19 @@ class Soak:
     short: list[str] = field(default_factory=list)
 
 
+def steady_engines(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples of engine processes that have warmed up."""
+    begun: dict[int, float] = {}
+    for sample in samples:
+        begun.setdefault(sample.engine, sample.at)
+    return [sample for sample in samples if sample.at >= begun[sample.engine] + ENGINE_WARM_UP_S]
+
+
 def slope(samples: Sequence[Sample], name: str) -> Slope:
     """Fit one slope to a figure, with an intercept for each engine process (least squares)."""
     groups: dict[int, list[tuple[float, float]]] = {}
+    if name == "engine_mib":
+        samples = steady_engines(samples)
     for sample in samples:
         engine = sample.engine if name == "engine_mib" else 0
         groups.setdefault(engine, []).append((sample.at / 3600.0, float(getattr(sample, name))))
@@ -149,6 +162,8 @@ class Watched:
             return None
         both = (self._worker, engine)
         try:
+            if engine.status() == psutil.STATUS_ZOMBIE:
+                return None
             return Sample(
                 at=time.monotonic() - self._began,
                 engine=self._engines,
