@@ -139,13 +139,13 @@ int32_t engine::impl::decode_batch() {
     const bool is_draft =
         std::any_of(slots.begin(), slots.end(), [](const slot & place) { return !place.drafted.empty(); });
     if (!is_draft) {
-        return llama_decode(model->ctx(), model->batch());
+        return decode(model->ctx(), model->batch());
     }
     // What a draft is held against is what the plain decode would say, by as many threads.
     const draft_verification as_single_tokens;
     const model_info &       info = model->info();
     llama_set_n_threads(model->ctx(), info.n_threads, info.n_threads);
-    const int32_t status = llama_decode(model->ctx(), model->batch());
+    const int32_t status = decode(model->ctx(), model->batch());
     llama_set_n_threads(model->ctx(), info.n_threads, info.n_threads_batch);
     return status;
 }

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "common.h"
+#include "log_sink.h"
 #include "prefix_cache.h"
 #include "sampler.h"
 #include "slot.h"
@@ -198,7 +199,7 @@ bool draft_model::read(llama_seq_id seq, const llama_token * tokens, size_t n, b
         batch.logits[i]    = output && i + 1 == n;
     }
     const int64_t begun  = now_ns();
-    const int32_t status = llama_decode(model_.ctx(), batch);
+    const int32_t status = decode(model_.ctx(), batch);
     if (status != 0) {
         llama_memory_seq_rm(model_.memory(), seq, static_cast<llama_pos>(held.size()), -1);
         // 2: broken off, and whoever caused it is dropped before the next step. All else is a fault, of

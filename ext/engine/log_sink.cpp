@@ -6,6 +6,7 @@
 #include <cstring>
 #include <deque>
 #include <mutex>
+#include <vector>
 
 #include "engine.h"
 #include "ggml.h"
@@ -26,6 +27,9 @@ int32_t     open_level = 0;
 
 thread_local std::string thread_errors;
 
+// Pieces of lines that wait until it is known how a decode of this thread ended; null outside of one.
+thread_local std::vector<log_line> * held_back = nullptr;
+
 void close_line() {
     while (!open_text.empty() && (open_text.back() == '\n' || open_text.back() == ' ')) {
         open_text.pop_back();
@@ -39,7 +43,7 @@ void close_line() {
     open_text.clear();
 }
 
-void sink(ggml_log_level level, const char * text, void * /*user_data*/) {
+void log_piece(ggml_log_level level, const char * text) {
     if (level == GGML_LOG_LEVEL_ERROR && thread_errors.size() < 4096) {
         thread_errors += text;
     }
@@ -51,6 +55,14 @@ void sink(ggml_log_level level, const char * text, void * /*user_data*/) {
     open_text += text;
     if (!open_text.empty() && open_text.back() == '\n') {
         close_line();
+    }
+}
+
+void sink(ggml_log_level level, const char * text, void * /*user_data*/) {
+    if (held_back != nullptr) {
+        held_back->push_back({static_cast<int32_t>(level), text});
+    } else {
+        log_piece(level, text);
     }
 }
 
@@ -85,6 +97,22 @@ std::string log_take_errors() {
         text.pop_back();
     }
     return text;
+}
+
+int32_t decode(llama_context * ctx, const llama_batch & batch) {
+    struct holding {
+        std::vector<log_line> pieces;
+        holding() { held_back = &pieces; }
+        ~holding() { held_back = nullptr; }
+    } held;
+    const int32_t status = llama_decode(ctx, batch);
+    held_back            = nullptr;
+    for (const log_line & piece : held.pieces) {
+        const auto level      = static_cast<ggml_log_level>(piece.level);
+        const bool is_no_news = status == 2 && level != GGML_LOG_LEVEL_CONT;
+        log_piece(is_no_news ? GGML_LOG_LEVEL_DEBUG : level, piece.text.c_str());
+    }
+    return status;
 }
 
 std::vector<log_line> drain_log() {

@@ -4,13 +4,14 @@
 #include <cmath>
 
 #include "common.h"
+#include "log_sink.h"
 
 namespace ai4all {
 
 namespace {
 
 void check_decode(llama_context * ctx, llama_batch batch) {
-    const int32_t status = llama_decode(ctx, batch);
+    const int32_t status = decode(ctx, batch);
     if (status == 2) {
         throw broken_off();
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -125,6 +126,23 @@ async def test_a_long_prompt_can_be_cancelled_in_the_middle(backend: NativeBacke
     assert "Paris" in after.text
     # The cancelled prompt was not computed to its end before this one began.
     assert after.fingerprint.batched_with == 0
+
+
+async def test_a_decode_that_is_broken_off_is_no_error(
+    backend: NativeBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "ai4all.engine")
+    said: list[logging.LogRecord] = []
+    # It may fall between two decodes, and llama.cpp then has nothing to say.
+    for _ in range(20):
+        stream = backend.generate(greedy(TEXT * 3, 10, reuse_prefix=False))
+        await anext(stream)
+        await asyncio.sleep(0.02)
+        await stream.aclose()
+        await backend.complete(greedy("The", 1))
+        if said := [record for record in caplog.records if "failed" in record.getMessage()]:
+            break
+    assert {record.levelno for record in said} == {logging.DEBUG}
 
 
 async def test_a_shared_prefix_is_computed_once(backend: NativeBackend) -> None:
