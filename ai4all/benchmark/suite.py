@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import functools
 import importlib.resources
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ TOKENS_PER_PROMPT = 100
 _WARM_UP_PROMPT = "Once upon a time there was"
 _WARM_UP_TOKENS = 8
 
-# Characters. A context that has no room for these has none for the tokens to be sampled either.
+# Characters. What is shorter is measured whatever becomes of it.
 _LEAST_PROMPT = 64
 
 
@@ -103,7 +104,8 @@ class BenchmarkSuite:
             _log.debug("measuring the %s prompt", name)
             done = sum(row.completion_tokens for row in rows)
             report(name, done)
-            rows.append(await _measure_what_fits(backend, name, prompt, done, report))
+            measure = functools.partial(_measure, backend, name, done=done, report=report)
+            rows.append(await _measure_what_fits(measure, prompt))
 
         capabilities = backend.capabilities()
         memory_mb = backend.memory_mb()
@@ -124,35 +126,36 @@ class BenchmarkSuite:
 
 
 async def _measure_what_fits(
-    backend: InferenceBackend,
-    name: str,
-    prompt: str,
-    done: int,
-    report: Callable[[str, int], None],
+    measure: Callable[[str], Awaitable[PromptFigures]], prompt: str
 ) -> PromptFigures:
     """Measure with a prompt, or with its beginning where the context has no room for all of it."""
     whole = len(prompt)
     while True:
+        is_least = len(prompt) < _LEAST_PROMPT
         try:
-            figures = await _measure(backend, name, prompt, done, report)
+            figures = await measure(prompt)
         except ContextOverflow:
-            if len(prompt) < _LEAST_PROMPT:
+            if is_least:
                 raise
-            prompt = prompt[: len(prompt) * 3 // 4]
-            continue
-        if len(prompt) < whole:
-            _log.warning(
-                "the %s prompt did not fit into the context: its first %d tokens were measured",
-                name,
-                figures.prompt_tokens,
-            )
-        return figures
+        else:
+            # Room for the prompt is not enough: what is sampled needs some too.
+            if is_least or figures.completion_tokens == TOKENS_PER_PROMPT:
+                break
+        prompt = prompt[: len(prompt) * 3 // 4]
+    if len(prompt) < whole:
+        _log.warning(
+            "the %s prompt did not fit into the context: its first %d tokens were measured",
+            figures.name,
+            figures.prompt_tokens,
+        )
+    return figures
 
 
 async def _measure(
     backend: InferenceBackend,
     name: str,
     prompt: str,
+    *,
     done: int,
     report: Callable[[str, int], None],
 ) -> PromptFigures:

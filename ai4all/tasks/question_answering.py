@@ -92,9 +92,10 @@ def _within(text: str, tokens: Sequence[TokenLogprob]) -> Iterator[TokenLogprob]
                 pieces += 1
             elif part:
                 begin = text.find(part, end, end + pieces + len(part))
-                if begin < 0:
+                if begin < 0 and pieces:
                     return
-                end, pieces = begin + len(part), 0
+                # A token may reach beyond the end, with the beginning of a stop sequence.
+                end, pieces = max(begin, end) + len(part), 0
         yield token
 
 

@@ -69,6 +69,9 @@ async def test_tokens_behind_a_stop_sequence_do_not_count() -> None:
         ("a\ufffdb", ["a", "\ufffd", "b", "END"], 3),
         ("ab", ["a", "", "b", "END"], 3),
         ("ab", ["ab", "ab"], 1),
+        # A token that the end of the text divides, and one that the text has without its space.
+        ("Clara Voss", ["Clara", " VossEND", "ER"], 2),
+        ("Clara Voss", [" Clara", " Voss", "END"], 2),
     ],
 )
 def test_tokens_that_hold_pieces_of_a_character_count(
