@@ -383,6 +383,58 @@ cdef class Engine:
             self._engine.stop()
 
 
+@cython.final
+cdef class Channel:
+    """Serves an engine's generations over a socket, from threads of its own."""
+
+    cdef native.channel * _channel
+    cdef Engine _engine
+    cdef int _pid
+
+    def __cinit__(self, Engine engine, int descriptor, *, int64_t tick_ns, int log_level):
+        engine._check()
+        cdef native.channel_options options
+        options.tick_ns = tick_ns
+        options.log_level = log_level
+        self._pid = os.getpid()
+        self._engine = engine
+        self._channel = new native.channel(engine._engine[0], descriptor, options)
+
+    def __dealloc__(self):
+        if self._channel is NULL or self._pid != os.getpid():
+            return
+        with nogil:
+            del self._channel
+
+    def fileno(self):
+        """The descriptor that becomes readable when there is something to take."""
+        return self._channel.fd()
+
+    def take(self):
+        """The frames that are the caller's to serve, as bytes, and whether more can come."""
+        cdef vector[string] frames
+        cdef bint is_open
+        with nogil:
+            is_open = self._channel.take(frames)
+        return [<bytes> frame for frame in frames], is_open
+
+    def send(self, bytes content, size_t n_served=0):
+        """Send one frame, which answers so many of those that were taken."""
+        cdef string copy = content
+        with nogil:
+            self._channel.send(copy, n_served)
+
+    def served(self, size_t n_frames):
+        """Tell that so many of them have been served without an answer."""
+        with nogil:
+            self._channel.served(n_frames)
+
+    def close(self):
+        """Send what is left, for at most a second, and end the thread."""
+        with nogil:
+            self._channel.close()
+
+
 def quantize(bytes source, bytes target, *, str type, int threads):
     """Re-encode a model file; blocks until done, without the GIL."""
     cdef string from_path = source

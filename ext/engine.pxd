@@ -209,6 +209,22 @@ cdef extern from "engine.h" namespace "ai4all" nogil:
         model_info model() except +ai4all_raise_fault
         void stop()
 
+
+cdef extern from "channel.h" namespace "ai4all" nogil:
+    cdef cppclass channel_options:
+        int64_t tick_ns
+        int32_t log_level
+
+    cdef cppclass channel:
+        channel(engine & served, int descriptor, channel_options options) except +
+        int fd()
+        cbool take(vector[string] & frames) except +
+        void send(const string & content, size_t n_served) except +
+        void served(size_t n_frames)
+        void close()
+
+
+cdef extern from "engine.h" namespace "ai4all" nogil:
     void quantize(
         string source, string target, string type, int32_t n_threads
     ) except +ai4all_raise_fault

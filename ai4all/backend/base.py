@@ -97,6 +97,8 @@ class LoadedModel:
         metadata: The file's GGUF key-value pairs, as text.
         draft: The file of the draft model that was loaded with it, or None.
         placement: What each device really holds, the CPU last.
+        n_batch: Tokens in one logical batch.
+        n_ubatch: Tokens in one physical batch.
     """
 
     file: ModelFile
@@ -111,6 +113,8 @@ class LoadedModel:
     metadata: dict[str, str] = field(default_factory=dict)
     draft: ModelFile | None = None
     placement: tuple[DeviceShare, ...] = ()
+    n_batch: int = 0
+    n_ubatch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

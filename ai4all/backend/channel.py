@@ -32,6 +32,7 @@ from ai4all.backend.base import (
     Timings,
     TokenEvent,
 )
+from ai4all.backend.completions import Failed, Finished
 from ai4all.errors import (
     COMPUTE_ERRORS,
     Ai4allError,
@@ -54,6 +55,8 @@ __all__ = [
     "DEVICES",
     "EMBED_REQUEST",
     "ENGINE_OPTIONS",
+    "FAILED",
+    "FINISHED",
     "GENERATE_REQUEST",
     "LABEL_SCORES",
     "LOADED_MODEL",
@@ -77,6 +80,8 @@ COMPLETION = TypeAdapter(Completion)
 DEVICES = TypeAdapter(tuple[DeviceInfo, ...])
 EMBED_REQUEST = TypeAdapter(EmbedRequest)
 ENGINE_OPTIONS = TypeAdapter(EngineOptions)
+FAILED = TypeAdapter(Failed)
+FINISHED = TypeAdapter(Finished)
 GENERATE_REQUEST = TypeAdapter(GenerateRequest)
 LABEL_SCORES = TypeAdapter(LabelScores)
 LOADED_MODEL = TypeAdapter(LoadedModel)
@@ -123,11 +128,20 @@ class Channel(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         await loop.create_unix_connection(lambda: self, sock=sock)
 
-    def send(self, content: list[Any]) -> None:
-        """Send a frame. On a channel that is lost, does nothing."""
+    def send(self, content: list[Any], served: int = 0) -> None:
+        """Send a frame. On a channel that is lost, does nothing.
+
+        Args:
+            content: What is in it.
+            served: So many frames are answered by it, which concerns channels that serve some by
+                themselves.
+        """
         if self._transport is not None and not self._transport.is_closing():
             payload = ujson.dumps(content, escape_forward_slashes=False).encode("ascii")
             self._transport.write(_LENGTH.pack(len(payload)) + payload)
+
+    def served(self) -> None:
+        """Tell that a frame has been served without an answer; likewise."""
 
     def close(self) -> None:
         """Send what is left, and close."""

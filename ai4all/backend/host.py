@@ -1,5 +1,8 @@
 """The engine process: serves one backend over an inherited socket until the other end goes.
 
+Generations of the native engine do not come here: it reads them from the socket itself and answers
+there (``NativeChannel``), but for those that come while another command is served.
+
 Started by ``ai4all.backend.isolated``; of no use by hand. It computes and nothing else: it opens
 no connection, has no settings and no secrets, writes no file, and does not outlive its parent.
 """
@@ -19,7 +22,7 @@ import sys
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import psutil
 
@@ -67,6 +70,30 @@ _LEAST_MEMORY = 1 << 30
 _TOKENS_WAIT_S = 0.005
 
 
+class _Channel(Protocol):
+    """What is said and heard over: a ``Channel``, or one that serves generations by itself."""
+
+    def send(self, content: list[Any], served: int = 0) -> None: ...
+
+    def served(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class _OpensChannel(Protocol):
+    """A backend that brings a channel of its own."""
+
+    def open_channel(
+        self,
+        sock: socket.socket,
+        on_frame: Callable[[Any], None],
+        on_lost: Callable[[str | None], None],
+        *,
+        tick: float,
+    ) -> _Channel: ...
+
+
 class EngineHost:
     """Serves a backend: each command in a task, every event back.
 
@@ -76,7 +103,7 @@ class EngineHost:
 
     def __init__(self, tick: float) -> None:
         self._tick = tick
-        self._channel = Channel(self._on_frame, self._on_lost)
+        self._channel: _Channel
         self._backend: InferenceBackend | None = None
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._unsent: list[list[Any]] = []
@@ -89,20 +116,30 @@ class EngineHost:
 
     async def serve(self, sock: socket.socket, opener: Callable[[], InferenceBackend]) -> None:
         """Serve until told to close."""
-        await self._channel.open(sock)
         try:
             backend = opener()
         except Ai4allError as error:
+            self._channel = await self._open_channel(sock, None)
             self.say(["unavailable", *error_to_wire(error)])
             await self._leave()
             return
         self._backend = backend
+        self._channel = await self._open_channel(sock, backend)
         self.say(["hello", CAPABILITIES.dump_python(backend.capabilities(), mode="json")])
         await self._closing.wait()
         for task in self._tasks.values():
             task.cancel()
         await backend.close()
         await self._leave()
+
+    async def _open_channel(
+        self, sock: socket.socket, backend: InferenceBackend | None
+    ) -> _Channel:
+        if isinstance(backend, _OpensChannel):
+            return backend.open_channel(sock, self._on_frame, self._on_lost, tick=self._tick)
+        channel = Channel(self._on_frame, self._on_lost)
+        await channel.open(sock)
+        return channel
 
     def say(self, message: list[Any], *, can_wait: bool = False) -> None:
         """Send ``message``, with whatever else is said in this turn of the loop.
@@ -122,15 +159,17 @@ class EngineHost:
         elif self._later is None:
             self._later = loop.call_at(due, self._flush)
 
-    def _flush(self) -> None:
+    def _flush(self, served: int = 0) -> None:
         for handle in (self._soon, self._later):
             if handle is not None:
                 handle.cancel()
         self._soon = self._later = None
         if self._unsent:
-            self._channel.send(self._unsent)
+            self._channel.send(self._unsent, served)
             self._unsent = []
             self._sent_at = asyncio.get_running_loop().time()
+        elif served:
+            self._channel.served()
 
     async def _leave(self) -> None:
         self._flush()
@@ -145,6 +184,7 @@ class EngineHost:
             case ["cancel", int(number)]:
                 if number in self._tasks:
                     self._tasks[number].cancel()
+                self._channel.served()
             case ["load", int(number), model, options]:
                 self._begin(number, self._load(number, model, options))
             case ["unload", int(number)]:
@@ -157,6 +197,7 @@ class EngineHost:
                 self._begin(number, self._devices(number))
             case ["close"]:
                 self._closing.set()
+                self._channel.served()
             case _:
                 raise AssertionError(f"no such command: {content[:1]}")
 
@@ -182,8 +223,8 @@ class EngineHost:
             self.say([number, "error", *error_to_wire(error)])
         finally:
             del self._tasks[number]
-            # Somebody waits for the end: not another turn of the loop.
-            self._flush()
+            # Somebody waits for the end, which was said just now: not another turn of the loop.
+            self._flush(served=1)
 
     async def _load(self, number: int, model: Any, options: Any) -> None:
         if self._serving.capabilities().backend == "cpu":

@@ -30,10 +30,13 @@ from ai4all.backend.base import (
     LoadedModel,
     ResourceUsage,
     ScoreRequest,
+    TokenEvent,
 )
 from ai4all.backend.channel import (
     COMPLETION,
     DEVICES,
+    FAILED,
+    FINISHED,
     LABEL_SCORES,
     LOADED_MODEL,
     PROMPT_PROGRESS,
@@ -43,6 +46,7 @@ from ai4all.backend.channel import (
     error_to_wire,
     shallow_dict,
 )
+from ai4all.backend.completions import GenerationSoFar, RunningModel, seed_of
 from ai4all.backend.crash_records import CrashRecord, CrashRecords, now
 from ai4all.backend.devices import gpus_in
 from ai4all.backend.engine_process import HOST_COMMAND, Death, EngineProcess
@@ -70,12 +74,14 @@ _MIB: Final = 1024 * 1024
 _ANSWERS: Final = {
     "load": frozenset({"share", "loaded", "error"}),
     "unload": frozenset({"unloaded", "error"}),
-    "generate": frozenset({"prompt", "token", "done", "error"}),
+    "generate": frozenset({"prompt", "token", "finished", "failed", "done", "error"}),
     "embed": frozenset({"done", "error"}),
     "score": frozenset({"done", "error"}),
     "devices": frozenset({"devices", "error"}),
 }
-_LAST_ANSWERS: Final = frozenset({"loaded", "unloaded", "devices", "done", "error"})
+_LAST_ANSWERS: Final = frozenset(
+    {"loaded", "unloaded", "devices", "finished", "failed", "done", "error"}
+)
 
 _RESULTS: Final[dict[str, Callable[[Any], Any]]] = {
     "generate": COMPLETION.validate_python,
@@ -103,6 +109,7 @@ class _Command:
         process: EngineProcess,
         culprit: Subject | None,
         to_load: _ToLoad | None = None,
+        so_far: GenerationSoFar | None = None,
     ) -> None:
         self.number = number
         self.name = name
@@ -110,6 +117,8 @@ class _Command:
         # The model at work: the one to blame when the process dies of it.
         self.culprit = culprit
         self.to_load = to_load
+        # What the native engine has said of a generation; it leaves the whole to its reader.
+        self.so_far = so_far
         self.answers: deque[tuple[str, Any]] = deque()
         self.waiter: asyncio.Future[None] | None = None
         self.failure: Ai4allError | None = None
@@ -176,6 +185,8 @@ class IsolatedBackend(InferenceBackend):
         # The model to have again after a restart; when that cannot be, why.
         self._wanted: _ToLoad | None = None
         self._loaded: LoadedModel | None = None
+        # The model that the process has by what it last said: it answers in order.
+        self._running: RunningModel | None = None
         self._refusal: Ai4allError | None = None
         self._own_figures = psutil.Process()
         self._own_figures.cpu_percent(None)
@@ -261,7 +272,10 @@ class IsolatedBackend(InferenceBackend):
             EngineCrashed: The engine died under it.
             EngineHung: The engine made no progress.
         """
-        command, waited_ms = await self._submit("generate", request, request.deadline)
+        # Drawn here: the completion's fingerprint is made here too.
+        request = replace(request, seed=seed_of(request))
+        so_far = GenerationSoFar(request)
+        command, waited_ms = await self._submit("generate", request, request.deadline, so_far)
         try:
             while True:
                 kind, event = await command.get()
@@ -397,7 +411,11 @@ class IsolatedBackend(InferenceBackend):
         return _after_waiting(result, waited_ms)
 
     async def _submit(
-        self, name: str, request: Any, deadline: float | None
+        self,
+        name: str,
+        request: Any,
+        deadline: float | None,
+        so_far: GenerationSoFar | None = None,
     ) -> tuple[_Command, float]:
         """Send a request to the process that serves; returns the milliseconds waited for it."""
         process, waited = self._supervisor.in_service, 0.0
@@ -408,7 +426,8 @@ class IsolatedBackend(InferenceBackend):
         if self._refusal is not None:
             # A copy: an exception that is raised twice carries both ways.
             raise error_from_wire(*error_to_wire(self._refusal))
-        return self._send(name, process, shallow_dict(request)), waited * 1000.0
+        command = self._send(name, process, shallow_dict(request), so_far=so_far)
+        return command, waited * 1000.0
 
     def _send(
         self,
@@ -416,12 +435,13 @@ class IsolatedBackend(InferenceBackend):
         process: EngineProcess,
         *body: Any,
         to_load: _ToLoad | None = None,
+        so_far: GenerationSoFar | None = None,
     ) -> _Command:
         self._last_number += 1
         # A driver that dies of a question dies of no model.
         at_work = None if name == "devices" else to_load or self._wanted
         culprit = at_work.subject if at_work is not None else None
-        command = _Command(self._last_number, name, process, culprit, to_load)
+        command = _Command(self._last_number, name, process, culprit, to_load, so_far)
         self._commands[command.number] = command
         process.send([name, command.number, *body])
         if self._watching is None:
@@ -461,6 +481,8 @@ class IsolatedBackend(InferenceBackend):
             case "token":
                 command.has_tokens = self._supervisor.did_work = True
                 answer = TOKEN_EVENT.validate_python(rest[0])
+                if command.so_far is not None:
+                    command.so_far.add(answer)
             case "prompt":
                 answer = PROMPT_PROGRESS.validate_python(rest[0])
             case "share":
@@ -472,8 +494,13 @@ class IsolatedBackend(InferenceBackend):
                 fields = {**rest[0], "file": asked.model, "draft": asked.options.draft}
                 answer = self._loaded = LOADED_MODEL.validate_python(fields)
                 self._wanted, self._refusal = command.to_load, None
+                self._running = RunningModel(answer, asked.options)
             case "devices":
                 answer = DEVICES.validate_python(rest[0])
+            case "finished":
+                self._finish(command, rest[0])
+            case "failed":
+                answer = FAILED.validate_python(rest[0]).error()
             case "done":
                 answer = _RESULTS[command.name](rest[0])
                 self._supervisor.did_work = True
@@ -483,10 +510,22 @@ class IsolatedBackend(InferenceBackend):
         # with his end it is ended.
         if kind in _LAST_ANSWERS:
             del self._commands[command.number]
-        if kind == "error":
+        if kind in ("error", "failed"):
             command.fail(answer)
-        elif not command.abandoned:
+        elif not command.abandoned and kind != "finished":
             command.put(kind, answer)
+
+    def _finish(self, command: _Command, told: Any) -> None:
+        """Make a whole of what the native engine told of a generation."""
+        end = FINISHED.validate_python(told)
+        if command.so_far is None or self._running is None:
+            raise LookupError("a generation of no model")
+        if end.text:
+            # What was kept back as a possible stop sequence is text after all.
+            command.put("token", command.so_far.add(TokenEvent(end.text, (), end.n_tokens)))
+        build = command.process.capabilities.engine_build
+        command.put("done", command.so_far.completion(end, self._running, build))
+        self._supervisor.did_work = True
 
     # Watching over the process.
 
@@ -522,6 +561,7 @@ class IsolatedBackend(InferenceBackend):
 
     async def _spawn(self) -> EngineProcess:
         process = await EngineProcess.spawn(self._command_line, self.limits, self._on_message)
+        self._running = None
         self._capabilities = process.capabilities
         self._engine_figures = None
         with contextlib.suppress(psutil.Error):

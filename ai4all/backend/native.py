@@ -8,24 +8,21 @@ on the way, so the loop never waits for the engine.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
-import secrets
-import sys
-from array import array
+import socket
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
+import ujson
 
 from ai4all import _engine
 from ai4all.backend.base import (
     Capabilities,
-    Completion,
     Embeddings,
     EmbedRequest,
     EngineOptions,
@@ -37,33 +34,28 @@ from ai4all.backend.base import (
     PromptProgress,
     ResourceUsage,
     ScoreRequest,
-    Timings,
     TokenEvent,
     TokenLogprob,
 )
+from ai4all.backend.completions import (
+    Failed,
+    Finished,
+    GenerationSoFar,
+    RunningModel,
+    native_error,
+    seed_of,
+    timings_of,
+)
 from ai4all.backend.cores import cgroup_memory_available_mb, compute_threads
-from ai4all.backend.devices import TARGETS, backend_of, choose_devices, gpus_in
+from ai4all.backend.devices import TARGETS, choose_devices, gpus_in
 from ai4all.backend.drivers import driver_of
 from ai4all.backend.gpu_monitor import GpuMonitor
-from ai4all.errors import (
-    Ai4allError,
-    BadRequest,
-    Cancelled,
-    ContextOverflow,
-    DeadlineExceeded,
-    EngineBusy,
-    EngineClosed,
-    EngineCrashed,
-    EngineError,
-    LoadFailed,
-    OutOfMemory,
-)
+from ai4all.errors import Ai4allError, EngineClosed, EngineError
 from ai4all.types.model import DeviceInfo, DeviceShare, ModelFile
-from ai4all.types.task import Fingerprint, FinishReason, Usage
 
 __all__ = [
-    "NATIVE_ERRORS",
     "NativeBackend",
+    "NativeChannel",
     "engine_build_info",
     "engine_build_line",
     "engine_capabilities",
@@ -73,34 +65,15 @@ __all__ = [
 
 log = logging.getLogger("ai4all.engine")
 
-NATIVE_ERRORS: dict[str, type[Ai4allError]] = {
-    "bad_request": BadRequest,
-    "context_overflow": ContextOverflow,
-    "out_of_memory": OutOfMemory,
-    "load_failed": LoadFailed,
-    "cancelled": Cancelled,
-    "deadline_exceeded": DeadlineExceeded,
-    "compute_failed": EngineCrashed,
-    "busy": EngineBusy,
-    "closed": EngineClosed,
-    "not_loaded": EngineError,
-}
-"""The one exception of each native error code. A test holds that the map is total."""
-
 _FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
 _LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
 _BACKEND_NAMES = {key: target.name for target in TARGETS for key in target.keys}
-# llama.cpp reads this seed as "draw one", which would make the reported seed a lie.
-_RESERVED_SEED = 0xFFFFFFFF
 _MIB = 1024 * 1024
 _DEFAULT_UBATCH = 512
 
 
-def _error(code: int, message: str, details: dict[str, Any] | None = None) -> Ai4allError:
-    kind = NATIVE_ERRORS[_engine.ERROR_NAMES[code]]
-    if details is not None and issubclass(kind, DeadlineExceeded | Cancelled | EngineCrashed):
-        return kind(message, details)
-    return kind(message)
+def _error(code: int, message: str) -> Ai4allError:
+    return native_error(_engine.ERROR_NAMES[code], message)
 
 
 def engine_build_info() -> dict[str, Any]:
@@ -189,15 +162,6 @@ def _capabilities(devices: tuple[DeviceInfo, ...]) -> Capabilities:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Running:
-    """A loaded model with the shape it runs in."""
-
-    loaded: LoadedModel
-    shape: dict[str, Any]
-    options: EngineOptions
-
-
 class _Stream:
     """Events of one command on their way to the coroutine that waits for them."""
 
@@ -209,7 +173,7 @@ class _Stream:
         self.ended = False
         self.to_load = to_load
         # The model that served the command, as it was when the last event came.
-        self.running: _Running | None = None
+        self.running: RunningModel | None = None
 
     def put(self, event: tuple[Any, ...]) -> None:
         self.events.append(event)
@@ -231,6 +195,48 @@ class _Stream:
             yield self.events.popleft()
 
 
+class NativeChannel:
+    """A ``Channel`` whose generations never reach Python; see ``ext/engine/channel.h``."""
+
+    def __init__(
+        self,
+        engine: _engine.Engine,
+        descriptor: int,
+        on_frame: Callable[[Any], None],
+        on_lost: Callable[[str | None], None],
+        tick: float,
+    ) -> None:
+        self._on_frame = on_frame
+        self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
+        self._channel = _engine.Channel(
+            engine, descriptor, tick_ns=int(tick * 1e9), log_level=log.getEffectiveLevel()
+        )
+        self._loop.add_reader(self._channel.fileno(), self._on_ready)
+
+    def send(self, content: list[Any], served: int = 0) -> None:
+        """Send a frame, which answers so many of those that came."""
+        payload = ujson.dumps(content, escape_forward_slashes=False).encode("ascii")
+        self._channel.send(payload, served)
+
+    def served(self) -> None:
+        """Tell that a frame has been served without an answer."""
+        self._channel.served(1)
+
+    def close(self) -> None:
+        """Send what is left, for at most a second, and close. The engine is closed first."""
+        self._loop.remove_reader(self._channel.fileno())
+        self._channel.close()
+
+    def _on_ready(self) -> None:
+        frames, is_open = self._channel.take()
+        for frame in frames:
+            self._on_frame(ujson.loads(frame))
+        if not is_open:
+            self._loop.remove_reader(self._channel.fileno())
+            self._on_lost(None)
+
+
 class NativeBackend(InferenceBackend):
     """llama.cpp in this process. A crash of the engine is a crash of the process.
 
@@ -242,7 +248,7 @@ class NativeBackend(InferenceBackend):
         self._engine = _engine.Engine(queue_capacity)
         self._streams: dict[int, _Stream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._running: _Running | None = None
+        self._running: RunningModel | None = None
         self._closed = False
         self._process = psutil.Process()
         self._process.cpu_percent(None)
@@ -330,11 +336,9 @@ class NativeBackend(InferenceBackend):
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerationEvent, None]:
         """Generate; see ``InferenceBackend.generate``."""
-        seed = _seed(request)
-        stream, command = self._submit(lambda: self._submit_generate(request, seed))
-        text: list[str] = []
-        tokens: list[int] = []
-        logprobs: list[TokenLogprob] = []
+        request = replace(request, seed=seed_of(request))
+        stream, command = self._submit(lambda: self._submit_generate(request))
+        so_far = GenerationSoFar(request)
         try:
             while True:
                 event = await stream.get()
@@ -342,32 +346,25 @@ class NativeBackend(InferenceBackend):
                 if kind == _engine.TOKEN:
                     # With those that came since the loop last had time to look.
                     since = [event, *stream.take(_engine.TOKEN)]
-                    likely = [_logprob(event[5]) for event in since if event[5]]
-                    step = TokenEvent(
-                        "".join([event[2] for event in since]),
-                        tuple([event[3] for event in since]),
-                        since[-1][4],
-                        tuple(likely),
+                    yield so_far.add(
+                        TokenEvent(
+                            "".join([event[2] for event in since]),
+                            tuple([event[3] for event in since]),
+                            since[-1][4],
+                            tuple([_logprob(event[5]) for event in since if event[5]]),
+                        )
                     )
-                    text.append(step.text)
-                    tokens += step.token_ids
-                    logprobs += likely
-                    yield step
                 elif kind == _engine.PROMPT_PROGRESS:
                     yield PromptProgress(event[2], event[3])
                 elif kind == _engine.FINISHED:
-                    if event[2]:
+                    end = _finished(event)
+                    if end.text:
                         # What was kept back as a possible stop sequence is text after all.
-                        text.append(event[2])
-                        yield TokenEvent(event[2], (), event[5])
-                    completion = self._completion(
-                        event, stream.running, "".join(text), tuple(tokens), request, seed
-                    )
-                    yield replace(completion, logprobs=tuple(logprobs)) if logprobs else completion
+                        yield so_far.add(TokenEvent(end.text, (), end.n_tokens))
+                    yield so_far.completion(end, _served(stream), self._build_line)
                     return
                 else:
-                    details = {"prompt_tokens": event[4], "completion_tokens": event[5]}
-                    raise _error(event[2], event[3], details)
+                    raise _failed(event).error()
         finally:
             self._release(command, stream)
 
@@ -387,7 +384,7 @@ class NativeBackend(InferenceBackend):
             vectors=np.frombuffer(floats, dtype=np.float32).reshape(rows, columns),
             prompt_tokens=n_prompt,
             timings=timings_of(times, n_prompt, 0),
-            fingerprint=self._fingerprint(running, (), seed=0),
+            fingerprint=running.fingerprint(self._build_line),
         )
 
     async def score_labels(self, request: ScoreRequest) -> LabelScores:
@@ -409,21 +406,18 @@ class NativeBackend(InferenceBackend):
             token_counts=counts,
             prompt_tokens=n_prompt,
             timings=timings_of(times, n_prompt, 0),
-            fingerprint=self._fingerprint(running, (), seed=0),
+            fingerprint=running.fingerprint(self._build_line),
         )
 
-    async def _job(self, send: Callable[[], int]) -> tuple[tuple[Any, ...], _Running]:
+    async def _job(self, send: Callable[[], int]) -> tuple[tuple[Any, ...], RunningModel]:
         stream, command = self._submit(send)
         try:
             event = await stream.get()
         finally:
             self._release(command, stream)
         if event[0] == _engine.FAILED:
-            details = {"prompt_tokens": event[4], "completion_tokens": 0}
-            raise _error(event[2], event[3], details)
-        if stream.running is None:
-            raise EngineClosed("the model was unloaded while its last events were on the way")
-        return event, stream.running
+            raise _failed(event).error()
+        return event, _served(stream)
 
     async def close(self) -> None:
         """End all work, join the engine's thread and free everything.
@@ -459,7 +453,7 @@ class NativeBackend(InferenceBackend):
             memory_mb=self.memory_mb(),
             gpu_percent=gpus.percent,
             gpu_memory_mb=gpus.memory_used_mb,
-            active_threads=self._running.shape["n_threads"] if self._running and busy else 0,
+            active_threads=self._running.loaded.threads if self._running and busy else 0,
             gpus=gpus.each,
         )
 
@@ -475,6 +469,24 @@ class NativeBackend(InferenceBackend):
     def pulse(self) -> int:
         """A count of the native loop; see ``InferenceBackend.pulse``."""
         return _engine.pulse()
+
+    def open_channel(
+        self,
+        sock: socket.socket,
+        on_frame: Callable[[Any], None],
+        on_lost: Callable[[str | None], None],
+        *,
+        tick: float,
+    ) -> NativeChannel:
+        """Serve what comes over a socket: generations in native code, the rest by ``on_frame``.
+
+        Args:
+            sock: One end of a socket pair. It stays the caller's.
+            on_frame: Called with the content of each frame that is no generation.
+            on_lost: Called once, when no more can come.
+            tick: Seconds between two messages about the pulse while generations run.
+        """
+        return NativeChannel(self._engine, sock.fileno(), on_frame, on_lost, tick)
 
     # Between the engine and the loop.
 
@@ -499,7 +511,7 @@ class NativeBackend(InferenceBackend):
         self._streams[command] = stream
         return stream, command
 
-    def _submit_generate(self, request: GenerateRequest, seed: int) -> int:
+    def _submit_generate(self, request: GenerateRequest) -> int:
         return self._engine.generate(
             request.prompt.encode("utf-8", "replace"),
             system_prompt=None
@@ -511,7 +523,7 @@ class NativeBackend(InferenceBackend):
             top_p=request.top_p,
             min_p=request.min_p,
             repetition_penalty=request.repetition_penalty,
-            seed=seed,
+            seed=request.seed or 0,
             stop=tuple(text.encode("utf-8", "replace") for text in request.stop if text),
             ignore_eos=request.ignore_eos,
             deterministic=request.deterministic,
@@ -545,7 +557,7 @@ class NativeBackend(InferenceBackend):
 
     def _describe(
         self, model: ModelFile, options: EngineOptions, times: tuple[int, ...]
-    ) -> _Running | None:
+    ) -> RunningModel | None:
         shape = self._engine.model()
         if shape is None:
             # A later load has already begun; it will say what runs.
@@ -564,77 +576,10 @@ class NativeBackend(InferenceBackend):
             metadata=shape["metadata"],
             draft=options.draft,
             placement=tuple(DeviceShare(**share) for share in shape["placement"]),
-        )
-        return _Running(loaded, shape, options)
-
-    def _completion(
-        self,
-        event: tuple[Any, ...],
-        running: _Running | None,
-        text: str,
-        tokens: tuple[int, ...],
-        request: GenerateRequest,
-        seed: int,
-    ) -> Completion:
-        _, _, _, reason, n_prompt, n_tokens, n_reused, n_neighbours, *drafts, times = event
-        if running is None:
-            raise EngineClosed("the model was unloaded while its last events were on the way")
-        fingerprint = self._fingerprint(
-            running,
-            tokens,
-            seed=seed,
-            deterministic=request.deterministic,
-            prefix_reused=n_reused,
-            batched_with=n_neighbours,
-            drafted_by_model=drafts[2] > 0,
-        )
-        return Completion(
-            text=text,
-            token_ids=tokens,
-            finish_reason=FinishReason.STOP if reason == _engine.STOP_STOP else FinishReason.LENGTH,
-            usage=Usage(
-                prompt_tokens=n_prompt,
-                completion_tokens=n_tokens,
-                total_tokens=n_prompt + n_tokens,
-            ),
-            timings=timings_of(times, n_prompt - n_reused, n_tokens),
-            fingerprint=fingerprint,
-            draft_tokens=drafts[0],
-            draft_accepted=drafts[1],
-            draft_model_tokens=drafts[2],
-        )
-
-    def _fingerprint(
-        self,
-        running: _Running,
-        tokens: tuple[int, ...],
-        *,
-        seed: int,
-        deterministic: bool = False,
-        prefix_reused: int = 0,
-        batched_with: int = 0,
-        drafted_by_model: bool = False,
-    ) -> Fingerprint:
-        shape = running.shape
-        draft = running.options.draft if drafted_by_model else None
-        return Fingerprint(
-            model_sha256=running.loaded.file.sha256,
-            engine_build=self._build_line,
-            backend=backend_of(running.loaded.device),
-            device=running.loaded.device,
-            threads=shape["n_threads"],
-            n_ctx=shape["n_ctx"],
             n_batch=shape["n_batch"],
             n_ubatch=shape["n_ubatch"],
-            kv_type=running.options.kv_type,
-            flash_attention=running.options.flash_attention,
-            seed=seed,
-            deterministic=deterministic,
-            prefix_reused=prefix_reused,
-            batched_with=batched_with,
-            draft_model_sha256=draft.sha256 if draft is not None else None,
-            output_tokens_sha256=tokens_sha256(tokens),
         )
+        return RunningModel(loaded, options)
 
 
 _LAST_EVENTS = frozenset(
@@ -659,43 +604,17 @@ def _logprob(described: tuple[tuple[int, str, float], ...]) -> TokenLogprob:
     return TokenLogprob(token, text, logprob, tuple(top))
 
 
-def _seed(request: GenerateRequest) -> int:
-    if request.temperature <= 0.0:
-        return 0
-    seed = secrets.randbits(32) if request.seed is None else request.seed
-    # The sampler takes 32 bits; the upper half of a longer seed counts too.
-    seed = (seed ^ (seed >> 32)) & 0xFFFFFFFF
-    return seed if seed != _RESERVED_SEED else _RESERVED_SEED - 1
+def _finished(event: tuple[Any, ...]) -> Finished:
+    _, _, text, reason, *figures = event
+    return Finished(text, "stop" if reason == _engine.STOP_STOP else "length", *figures)
 
 
-def tokens_sha256(tokens: tuple[int, ...]) -> str:
-    """Hash of token ids: sha256 over them as little-endian 32-bit integers."""
-    ids = array("i", tokens)
-    if sys.byteorder == "big":
-        ids.byteswap()
-    return hashlib.sha256(ids.tobytes()).hexdigest()
+def _failed(event: tuple[Any, ...]) -> Failed:
+    _, _, code, message, n_prompt, n_tokens, _ = event
+    return Failed(_engine.ERROR_NAMES[code], message, n_prompt, n_tokens)
 
 
-def timings_of(times: tuple[int, ...], n_prompt: int, n_tokens: int) -> Timings:
-    """Turn the engine's time stamps into spans.
-
-    Args:
-        times: Nanoseconds: submitted, model ready, admitted, prompt done, first token sampled,
-            last token sampled, finished.
-        n_prompt: Prompt tokens that were computed.
-        n_tokens: Tokens sampled.
-    """
-    submitted, ready, admitted, prompt_done, first, last, finished = times
-    prompt_ns, decode_ns = prompt_done - admitted, last - first
-    return Timings(
-        queue_ms=(admitted - ready) / 1e6,
-        load_ms=(ready - submitted) / 1e6,
-        prompt_ms=prompt_ns / 1e6,
-        first_sample_ms=(first - prompt_done) / 1e6 if first else 0.0,
-        time_to_first_token_ms=(first - submitted) / 1e6 if first else None,
-        total_ms=(finished - submitted) / 1e6,
-        prompt_tokens_per_second=n_prompt / prompt_ns * 1e9 if n_prompt and prompt_ns > 0 else None,
-        decode_tokens_per_second=(n_tokens - 1) / decode_ns * 1e9
-        if n_tokens > 1 and decode_ns > 0
-        else None,
-    )
+def _served(stream: _Stream) -> RunningModel:
+    if stream.running is None:
+        raise EngineClosed("the model was unloaded while its last events were on the way")
+    return stream.running

@@ -199,6 +199,7 @@ void engine::impl::advance(slot & place, int64_t now) {
         event e;
         e.kind          = event_kind::prompt_progress;
         e.id            = place.request.id;
+        e.tag           = place.request.tag;
         e.n_prompt_done = static_cast<int32_t>(std::min(place.n_past, place.n_prompt));
         e.n_prompt      = static_cast<int32_t>(place.n_prompt);
         out.push_back(std::move(e));
@@ -238,6 +239,7 @@ void engine::impl::sample(slot & place, int32_t row_index) {
     event e;
     e.kind = event_kind::token;
     e.id   = place.request.id;
+    e.tag  = place.request.tag;
     if (place.request.generate.logprobs >= 0) {
         // Copied first: sampling may change the row.
         const float * row = llama_get_logits_ith(model->ctx(), row_index);

@@ -108,9 +108,10 @@ uint64_t engine::unload() {
     return impl_->submit(std::move(cmd));
 }
 
-uint64_t engine::generate(generate_params params) {
+uint64_t engine::generate(generate_params params, uint64_t tag) {
     command cmd;
     cmd.what        = command::verb::generate;
+    cmd.tag         = tag;
     cmd.deadline_ns = params.deadline_ns;
     cmd.generate    = std::move(params);
     return impl_->submit(std::move(cmd));
@@ -137,6 +138,11 @@ uint64_t engine::score(score_params params) {
 
 void engine::cancel(uint64_t id) noexcept {
     impl_->cancel(id);
+}
+
+void engine::set_sink(event_sink * sink) noexcept {
+    const std::lock_guard<std::mutex> lock(impl_->sink_mutex);
+    impl_->sink = sink;
 }
 
 int engine::fd() const noexcept {

@@ -171,6 +171,7 @@ enum class stop_reason : int32_t {
 struct event {
     event_kind                 kind = event_kind::failed;
     uint64_t                   id   = 0;  // of the command
+    uint64_t                   tag  = 0;  // of the command; 0: it has none
     errc                       code = errc::ok;
     std::string                text;  // token, finished: text that became certain; failed: the message
     int32_t                    token         = -1;
@@ -188,6 +189,15 @@ struct event {
     std::vector<token_logprob> logprobs;  // token: the sampled one, then the likeliest
     std::vector<float>         floats;
     std::vector<int32_t>       counts;
+};
+
+// Takes the events of commands that have a tag, in the engine's thread, instead of the queue.
+class event_sink {
+  public:
+    virtual ~event_sink() = default;
+
+    // In order; each batch has what the queue would have got at that moment.
+    virtual void take(const std::vector<event> & events) noexcept = 0;
 };
 
 struct log_line {
@@ -234,13 +244,17 @@ class engine {
     // Throws engine_error: busy, closed, not_loaded (work, with nothing loaded or loading).
     uint64_t load(load_params params);
     uint64_t unload();
-    uint64_t generate(generate_params params);
+    uint64_t generate(generate_params params, uint64_t tag = 0);
     uint64_t embed(embed_params params);
     uint64_t score(score_params params);
 
     // End a command early. It takes effect between chunks and steps, on a CPU inside them too.
     // Unknown or ended ids are ignored.
     void cancel(uint64_t id) noexcept;
+
+    // Where the events of tagged commands go from now on; null: nowhere. What went to the sink before
+    // has been taken when this returns.
+    void set_sink(event_sink * sink) noexcept;
 
     int fd() const noexcept;
     // Clear the descriptor, then move all events out.

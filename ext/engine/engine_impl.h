@@ -64,6 +64,7 @@ struct engine::impl {
     void                       release(slot & place);
     void                       fail_everything() noexcept;
     void                       publish();
+    void                       publish_tagged();
     bool                       any_active() const;
 
     static bool should_abort(void * self);
@@ -86,6 +87,9 @@ struct engine::impl {
     std::mutex         events_mutex;
     std::vector<event> events;
 
+    std::mutex   sink_mutex;  // held while it takes events
+    event_sink * sink = nullptr;
+
     // Engine thread only.
     std::deque<command>           backlog;
     std::vector<slot>             slots;
@@ -99,6 +103,7 @@ struct engine::impl {
     decode_cost                   cost;
     std::vector<float>            logits;  // the row that was sampled from, where it is asked for
     std::vector<event>            out;
+    std::vector<event>            tagged;  // out of `out`
     // What should_abort() looks at while a decode runs.
     std::vector<const std::atomic<bool> *> watched;
     int64_t                                watched_deadline = 0;

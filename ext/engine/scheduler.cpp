@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <iterator>
 #include <new>
 #include <system_error>
 
@@ -448,6 +449,7 @@ void engine::impl::finish(slot & place, stop_reason reason) {
     event e;
     e.kind          = event_kind::finished;
     e.id            = place.request.id;
+    e.tag           = place.request.tag;
     e.reason        = reason;
     e.text          = place.text->flush();
     e.n_prompt      = static_cast<int32_t>(place.n_prompt);
@@ -467,6 +469,7 @@ void engine::impl::fail(slot & place, errc code, const std::string & message) {
     event e;
     e.kind     = event_kind::failed;
     e.id       = place.request.id;
+    e.tag      = place.request.tag;
     e.code     = code;
     e.text     = message;
     e.n_prompt = static_cast<int32_t>(place.n_prompt);
@@ -480,6 +483,7 @@ void engine::impl::fail(const command & cmd, errc code, const std::string & mess
     event e;
     e.kind            = event_kind::failed;
     e.id              = cmd.id;
+    e.tag             = cmd.tag;
     e.code            = code;
     e.text            = message;
     e.times.submitted = cmd.submitted;
@@ -544,6 +548,10 @@ void engine::impl::publish() {
         return;
     }
     last_published = now;
+    publish_tagged();
+    if (out.empty()) {
+        return;
+    }
     bool was_empty = false;
     {
         const std::lock_guard<std::mutex> lock(events_mutex);
@@ -557,6 +565,20 @@ void engine::impl::publish() {
     out.clear();
     if (was_empty) {
         wake_reader.signal();
+    }
+}
+
+void engine::impl::publish_tagged() {
+    const auto has_none = [](const event & e) { return e.tag == 0; };
+    const auto first    = std::stable_partition(out.begin(), out.end(), has_none);
+    if (first == out.end()) {
+        return;
+    }
+    tagged.assign(std::make_move_iterator(first), std::make_move_iterator(out.end()));
+    out.erase(first, out.end());
+    const std::lock_guard<std::mutex> lock(sink_mutex);
+    if (sink) {
+        sink->take(tagged);
     }
 }
 

@@ -21,6 +21,7 @@ struct command {
 
     verb                               what      = verb::generate;
     uint64_t                           id        = 0;
+    uint64_t                           tag       = 0;
     int64_t                            submitted = 0;
     load_params                        load;
     generate_params                    generate;  // score: its prompt

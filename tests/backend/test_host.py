@@ -17,15 +17,18 @@ import pytest
 import scripted_host
 import ujson
 
-from ai4all.backend import host, native
+from ai4all.backend import host
 from ai4all.backend.base import EngineOptions, GenerateRequest
 from ai4all.backend.channel import (
+    FAILED,
+    FINISHED,
     MAX_FRAME_BYTES,
     Channel,
     error_from_wire,
     error_to_wire,
     shallow_dict,
 )
+from ai4all.backend.completions import NATIVE_ERRORS
 from ai4all.backend.engine_process import HOST_COMMAND, engine_environment
 from ai4all.errors import (
     COMPUTE_ERRORS,
@@ -136,8 +139,9 @@ class TestConversation:
         assert loaded[2]["n_ctx"] == 256
         assert "file" not in loaded[2]
         await talk.send(["generate", 2, request(max_tokens=40)])
-        done = await talk.until(2, "done", "error")
-        assert done[2]["usage"]["completion_tokens"] == 40
+        finished = await talk.until(2, "finished", "failed", "done", "error")
+        assert finished[1] == "finished"
+        assert FINISHED.validate_python(finished[2]).n_tokens == 40
         await talk.send(["unload", 3])
         assert await talk.until(3, "unloaded", "error") == [3, "unloaded", None]
         await talk.send(["close"])
@@ -149,7 +153,7 @@ class TestConversation:
         await talk.until(1, "loaded")
         talk.frames.clear()
         await talk.send(["generate", 2, request(max_tokens=200)])
-        done = await talk.until(2, "done")
+        await talk.until(2, "finished")
         messages = [message for frame in talk.frames for message in frame]
         tokens = [message[2] for message in messages if message[1] == "token"]
         counted = 0
@@ -157,7 +161,6 @@ class TestConversation:
             counted += len(token["token_ids"])
             assert token["completion_tokens"] == counted
         assert counted == 200
-        assert "".join(token["text"] for token in tokens) == done[2]["text"]
         assert 1 < len(tokens) < 200
 
     async def test_an_unknown_request_field_is_our_bug_and_no_end(
@@ -167,12 +170,95 @@ class TestConversation:
         await talk.send(["load", 1, model(tiny_model), OPTIONS])
         await talk.until(1, "loaded")
         await talk.send(["generate", 2, {"prompt": "SECRET", "max_tokens": "many"}])
-        error = await talk.until(2, "error")
+        failed = await talk.until(2, "failed")
+        assert isinstance(FAILED.validate_python(failed[2]).error(), EngineCrashed)
+        await talk.send(["generate", 3, request(top_k=1 << 40)])
+        failed = await talk.until(3, "failed")
+        assert failed[2][:2] == ["bad_request", "top_k: out of range"]
+        await talk.send(["score", 4, {"prompt": "SECRET", "continuations": "many"}])
+        error = await talk.until(4, "error")
         assert error[2] == "EngineCrashed"
         assert "ValidationError" in error[3]
         assert "SECRET" not in ujson.dumps(talk.frames)
+        await talk.send(["generate", 5, request(max_tokens=1)])
+        assert (await talk.until(5, "finished", "failed"))[1] == "finished"
+
+
+class TestNativeChannel:
+    """Generations that never reach Python."""
+
+    async def test_one_does_not_overtake_the_load_before_it(
+        self, talk: Talk, tiny_model: Path
+    ) -> None:
+        await talk.receive()
+        await talk.send(["load", 1, model(tiny_model), OPTIONS])
+        await talk.send(["generate", 2, request(max_tokens=3)])
+        assert (await talk.until(2, "done", "error", "finished", "failed"))[1] == "done"
+        # Whoever has read the answer is served in native code.
+        for number in range(3, 30):
+            await talk.send(["generate", number, request(max_tokens=1)])
+            last = await talk.until(number, "done", "error", "finished", "failed")
+            assert last[1] == "finished"
+        await talk.send(["score", 40, {"prompt": "a", "continuations": ["b"]}])
+        await talk.send(["generate", 41, request(max_tokens=3)])
+        assert (await talk.until(41, "done", "finished"))[1] == "done"
+
+    async def test_one_is_cancelled(self, talk: Talk, tiny_model: Path) -> None:
+        await talk.receive()
+        await talk.send(["load", 1, model(tiny_model), OPTIONS | {"n_ctx": 200_000}])
+        await talk.until(1, "loaded")
+        await talk.send(["generate", 2, request(max_tokens=150_000)])
+        await talk.until(2, "token")
+        await talk.send(["cancel", 2])
+        failed = FAILED.validate_python((await talk.until(2, "failed"))[2])
+        assert failed.code == "cancelled"
+        assert 0 < failed.n_tokens < 150_000
+        # Nobody's: of no consequence.
+        await talk.send(["cancel", 2])
+        await talk.send(["cancel", 77])
         await talk.send(["generate", 3, request(max_tokens=1)])
-        assert (await talk.until(3, "done", "error"))[1] == "done"
+        await talk.until(3, "finished", "done")
+
+    async def test_closing_ends_one(self, talk: Talk, tiny_model: Path) -> None:
+        await talk.receive()
+        await talk.send(["load", 1, model(tiny_model), OPTIONS | {"n_ctx": 200_000}])
+        await talk.until(1, "loaded")
+        await talk.send(["generate", 2, request(max_tokens=150_000)])
+        await talk.until(2, "token")
+        await talk.send(["close"])
+        assert (await talk.until(2, "failed"))[2][0] == "closed"
+        assert await talk.process.wait() == 0
+
+    async def test_without_a_parent_it_goes_at_once(self, talk: Talk, tiny_model: Path) -> None:
+        await talk.receive()
+        await talk.send(["load", 1, model(tiny_model), OPTIONS | {"n_ctx": 200_000}])
+        await talk.until(1, "loaded")
+        await talk.send(["generate", 2, request(max_tokens=150_000)])
+        await talk.until(2, "token")
+        talk.sock.close()
+        assert await talk.process.wait() == 0
+
+    @pytest.mark.parametrize("content", [b'["generate",1,', b'["generate",0,{}]', b'["cancel",[]]'])
+    async def test_what_is_no_command_ends_it(self, talk: Talk, content: bytes) -> None:
+        await talk.receive()
+        talk.sock.send(struct.pack("!I", len(content)) + content)
+        assert await talk.process.wait() == 0
+
+    async def test_lines_of_the_log_come_along(self, talk: Talk, tiny_model: Path) -> None:
+        await talk.receive()
+        await talk.send(["load", 1, model(tiny_model), OPTIONS | {"n_ctx": 200_000}])
+        await talk.until(1, "loaded")
+        talk.frames.clear()
+        # A prompt that is broken off is told of to whoever debugs, as this parent does.
+        await talk.send(["generate", 2, request(prompt="the sea " * 5_000, max_tokens=1)])
+        assert (await talk.until(2, "prompt", "failed"))[1] == "prompt"
+        await talk.send(["cancel", 2])
+        assert (await talk.until(2, "failed"))[2][0] == "cancelled"
+        await talk.send(["generate", 3, request(max_tokens=1)])
+        await talk.until(3, "finished")
+        lines = [m for frame in talk.frames for m in frame if m[0] == "log"]
+        assert lines
+        assert all(level == 10 and text for _, level, text in lines)
 
 
 class TestCompany:
@@ -188,7 +274,7 @@ class TestCompany:
         frames: list[list[Any]] = []
         other_end = Channel(frames.append, lambda problem: None)
         await other_end.open(theirs)
-        await engine_host._channel.open(ours)
+        engine_host._channel = await engine_host._open_channel(ours, None)
 
         async def come(count: int) -> None:
             while len(frames) < count:
@@ -248,7 +334,7 @@ class TestLiveliness:
         pulses: list[int] = []
         for number in range(2, 2000):
             await talk.send(["generate", number, request(max_tokens=200)])
-            await talk.until(number, "done")
+            await talk.until(number, "finished")
             pulses = [m[1] for frame in talk.frames for m in frame if m[0] == "tick"]
             if len(pulses) >= 3:
                 break
@@ -298,7 +384,7 @@ class TestEnd:
 
 class TestErrors:
     def test_every_error_of_the_engine_crosses(self) -> None:
-        kinds = {*COMPUTE_ERRORS.values(), *native.NATIVE_ERRORS.values()} - {ModelNotFound}
+        kinds = {*COMPUTE_ERRORS.values(), *NATIVE_ERRORS.values()} - {ModelNotFound}
         for kind in kinds:
             crossed = error_from_wire(*error_to_wire(kind("why")))
             assert type(crossed) is kind

@@ -59,6 +59,8 @@ from ai4all.types.model import ModelFile
 OPTIONS = EngineOptions(n_ctx=512, n_batch=64, n_ubatch=64, threads=1)
 SCRIPTED = ModelFile("scripted", Path("absent.gguf"), "a" * 64, 100)
 LONG = 400
+FIGURES = "1, 1, 0, 0, 0, 0, 0, [1, 2, 3, 4, 5, 6, 7]"
+"""Of a "finished" of the native engine: counts of tokens, and times."""
 
 
 def file_of(path: Path) -> ModelFile:
@@ -555,6 +557,39 @@ class TestTrust:
         backend = scripted(say=text)
         with pytest.raises(EngineCrashed, match="broke off the conversation"):
             await backend.load(SCRIPTED, OPTIONS)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            '[[2, "finished", ["", "length", 1]]]',
+            f'[[2, "finished", ["", "whim", {FIGURES}]]]',
+            f'[[2, "finished", [7, "stop", {FIGURES}]]]',
+            f'[[2, "finished", ["", "stop", {FIGURES.replace("1", "null", 1)}]]]',
+            '[[2, "finished"]]',
+            '[[2, "failed", ["no_such_code", "text", 0, 0]]]',
+            '[[2, "failed", "busy"]]',
+            '[[2, "token", {"text": "x", "token_ids": [1099511627776], "completion_tokens": 1}],'
+            f' [2, "finished", ["", "stop", {FIGURES}]]]',
+        ],
+    )
+    async def test_a_generation_that_is_none_ends_the_process(
+        self, scripted: Scripted, text: str
+    ) -> None:
+        backend = scripted(answer=text)
+        await backend.load(SCRIPTED, OPTIONS)
+        with pytest.raises(EngineCrashed, match="broke off the conversation"):
+            await backend.complete(greedy())
+
+    async def test_what_the_native_engine_tells_is_made_a_whole_here(
+        self, scripted: Scripted
+    ) -> None:
+        token = '[2, "token", {"text": "a", "token_ids": [5], "completion_tokens": 1}]'
+        backend = scripted(answer=f'[{token}, [2, "finished", ["b", "stop", {FIGURES}]]]')
+        await backend.load(SCRIPTED, OPTIONS)
+        completion = await backend.complete(greedy())
+        assert (completion.text, completion.token_ids) == ("ab", (5,))
+        assert completion.finish_reason == "stop"
+        assert completion.fingerprint.model_sha256 == SCRIPTED.sha256
 
     async def test_no_secret_and_no_descriptor_reaches_it(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -23,7 +23,8 @@ from ai4all.backend.base import (
     PromptProgress,
     TokenEvent,
 )
-from ai4all.backend.native import NativeBackend, timings_of, tokens_sha256
+from ai4all.backend.completions import NATIVE_ERRORS, timings_of, tokens_sha256
+from ai4all.backend.native import NativeBackend
 from ai4all.errors import (
     Ai4allError,
     BadRequest,
@@ -74,9 +75,9 @@ async def collect(backend: NativeBackend, request: GenerateRequest) -> list[Gene
 class TestErrors:
     def test_every_native_code_has_one_exception(self) -> None:
         codes = set(_engine.ERROR_NAMES) - {"ok"}
-        assert codes == set(native.NATIVE_ERRORS)
-        assert len(set(native.NATIVE_ERRORS.values())) == len(codes)
-        assert all(issubclass(kind, Ai4allError) for kind in native.NATIVE_ERRORS.values())
+        assert codes == set(NATIVE_ERRORS)
+        assert len(set(NATIVE_ERRORS.values())) == len(codes)
+        assert all(issubclass(kind, Ai4allError) for kind in NATIVE_ERRORS.values())
         assert "unknown" not in codes
 
     async def test_missing_file(self) -> None:

@@ -2,7 +2,8 @@
 
 SCRIPT is a JSON object: the arguments of ``FakeBackend`` and, below ``generation``, those of
 ``ScriptedGeneration``. ``pulse`` true: the pulse moves although nothing else does. ``say``: a raw
-text to write to the socket in answer to the first command. ``unavailable``: why no engine can run.
+text to write to the socket in answer to the first command; ``answer``: the same to each generation,
+which then never ends. ``unavailable``: why no engine can run.
 ``exit``: end at once with that status. ``sleep``: do nothing for so many seconds. ``devices``:
 fields of each device; ``devices_file``: a file with them, which may change between two starts.
 ``die_of_devices``: die when asked for them.
@@ -10,18 +11,20 @@ fields of each device; ``devices_file``: a file with them, which may change betw
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import struct
 import sys
 import time
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
 import ujson
 
 from ai4all.backend import host
-from ai4all.backend.base import InferenceBackend
+from ai4all.backend.base import GenerateRequest, GenerationEvent, InferenceBackend
 from ai4all.backend.fake import FakeBackend, ScriptedGeneration
 from ai4all.errors import EngineUnavailable
 from ai4all.types.model import DeviceInfo
@@ -36,6 +39,7 @@ class _ScriptedBackend(FakeBackend):
     def __init__(self, script: dict[str, Any], descriptor: int) -> None:
         self._pulses = itertools.count(1) if script.pop("pulse", False) else itertools.repeat(0)
         self._say = script.pop("say", None)
+        self._answer = script.pop("answer", None)
         self._descriptor = descriptor
         if "devices_file" in script:
             script["devices"] = ujson.loads(Path(script.pop("devices_file")).read_text())
@@ -46,9 +50,19 @@ class _ScriptedBackend(FakeBackend):
 
     async def load(self, *arguments: Any, **more: Any) -> Any:
         if self._say is not None:
-            payload = self._say.encode()
-            os.write(self._descriptor, struct.pack("!I", len(payload)) + payload)
+            self._write(self._say)
         return await super().load(*arguments, **more)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerationEvent, None]:
+        if self._answer is not None:
+            self._write(self._answer)
+            await asyncio.Event().wait()
+        async for event in super().generate(request):
+            yield event
+
+    def _write(self, text: str) -> None:
+        payload = text.encode()
+        os.write(self._descriptor, struct.pack("!I", len(payload)) + payload)
 
     async def devices(self) -> tuple[DeviceInfo, ...]:
         if self._dies:
