@@ -130,7 +130,9 @@ def test_task_overhead(
 ) -> None:
     """P3: a task through the socket, less the same generation in this process.
 
-    ``overhead_ms`` runs from the assignment at the coordinator until it has read the result.
+    ``overhead_ms`` runs from the assignment at the coordinator until it has read the result;
+    ``socket_overhead_ms`` from the bytes of the one, as they go into its socket, until the last of
+    the other are out of it, without what the coordinator does before and after.
     """
     inside: list[float] = []
     loads: list[Load] = []
@@ -154,13 +156,15 @@ def test_task_overhead(
         )
         plane.run(beside.close())
     outside = [seconds for load in loads for seconds in load.seconds]
-    assert len(outside) == len(inside)
+    at_socket = [seconds for load in loads for seconds in load.socket_seconds]
+    assert len(outside) == len(at_socket) == len(inside)
     assert not any(load.failed for load in loads)
     note_load(
         benchmark,
         loads,
         directory,
         overhead_ms=(statistics.median(outside) - statistics.median(inside)) * 1e3,
+        socket_overhead_ms=(statistics.median(at_socket) - statistics.median(inside)) * 1e3,
         in_process_ms=statistics.median(inside) * 1e3,
     )
 

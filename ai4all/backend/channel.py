@@ -75,6 +75,9 @@ MAX_FRAME_BYTES: Final = 64 << 20
 
 _LENGTH = struct.Struct("!I")
 
+# What needs no look.
+_PLAIN: Final = frozenset({bool, int, float, type(None)})
+
 CAPABILITIES = TypeAdapter(Capabilities)
 COMPLETION = TypeAdapter(Completion)
 DEVICES = TypeAdapter(tuple[DeviceInfo, ...])
@@ -187,13 +190,17 @@ class Channel(asyncio.Protocol):
 
 def shallow_dict(value: Any) -> dict[str, Any]:
     """The fields of a flat dataclass by name, its texts as UTF-8 can carry them."""
-    return {name: _as_utf8(getattr(value, name)) for name in value.__dataclass_fields__}
+    fields = {name: getattr(value, name) for name in value.__dataclass_fields__}
+    for name, field in fields.items():
+        if type(field) not in _PLAIN:
+            fields[name] = _as_utf8(field)
+    return fields
 
 
 def _as_utf8(value: Any) -> Any:
     # Half of a surrogate pair becomes what the engine would have made of it.
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
+        return value if value.isascii() else value.encode("utf-8", "replace").decode()
     if isinstance(value, tuple):
         return [_as_utf8(item) for item in value]
     if isinstance(value, ModelFile):

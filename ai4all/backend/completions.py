@@ -150,11 +150,13 @@ class GenerationSoFar:
     """What has come of a generation, up to the completion.
 
     Args:
-        request: What was asked for, with the seed that it was asked for with.
+        request: What was asked for.
+        seed: What it is sampled with.
     """
 
-    def __init__(self, request: GenerateRequest) -> None:
-        self._request = request
+    def __init__(self, request: GenerateRequest, seed: int) -> None:
+        self._deterministic = request.deterministic
+        self._seed = seed
         self._text: list[str] = []
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -188,8 +190,8 @@ class GenerationSoFar:
             fingerprint=running.fingerprint(
                 engine_build,
                 tokens,
-                seed=self._request.seed or 0,
-                deterministic=self._request.deterministic,
+                seed=self._seed,
+                deterministic=self._deterministic,
                 prefix_reused=end.n_reused,
                 batched_with=end.n_neighbours,
                 drafted_by_model=end.n_by_model > 0,

@@ -273,9 +273,10 @@ class IsolatedBackend(InferenceBackend):
             EngineHung: The engine made no progress.
         """
         # Drawn here: the completion's fingerprint is made here too.
-        request = replace(request, seed=seed_of(request))
-        so_far = GenerationSoFar(request)
-        command, waited_ms = await self._submit("generate", request, request.deadline, so_far)
+        seed = seed_of(request)
+        fields = {**shallow_dict(request), "seed": seed}
+        so_far = GenerationSoFar(request, seed)
+        command, waited_ms = await self._submit("generate", fields, request.deadline, so_far)
         try:
             while True:
                 kind, event = await command.get()
@@ -403,7 +404,7 @@ class IsolatedBackend(InferenceBackend):
             self._release(command)
 
     async def _job(self, name: str, request: Any, deadline: float | None) -> Any:
-        command, waited_ms = await self._submit(name, request, deadline)
+        command, waited_ms = await self._submit(name, shallow_dict(request), deadline)
         try:
             _, result = await command.get()
         finally:
@@ -413,7 +414,7 @@ class IsolatedBackend(InferenceBackend):
     async def _submit(
         self,
         name: str,
-        request: Any,
+        fields: dict[str, Any],
         deadline: float | None,
         so_far: GenerationSoFar | None = None,
     ) -> tuple[_Command, float]:
@@ -426,7 +427,7 @@ class IsolatedBackend(InferenceBackend):
         if self._refusal is not None:
             # A copy: an exception that is raised twice carries both ways.
             raise error_from_wire(*error_to_wire(self._refusal))
-        command = self._send(name, process, shallow_dict(request), so_far=so_far)
+        command = self._send(name, process, fields, so_far=so_far)
         return command, waited * 1000.0
 
     def _send(

@@ -13,7 +13,6 @@ import os
 import socket
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -336,9 +335,9 @@ class NativeBackend(InferenceBackend):
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerationEvent, None]:
         """Generate; see ``InferenceBackend.generate``."""
-        request = replace(request, seed=seed_of(request))
-        stream, command = self._submit(lambda: self._submit_generate(request))
-        so_far = GenerationSoFar(request)
+        seed = seed_of(request)
+        stream, command = self._submit(lambda: self._submit_generate(request, seed))
+        so_far = GenerationSoFar(request, seed)
         try:
             while True:
                 event = await stream.get()
@@ -511,7 +510,7 @@ class NativeBackend(InferenceBackend):
         self._streams[command] = stream
         return stream, command
 
-    def _submit_generate(self, request: GenerateRequest) -> int:
+    def _submit_generate(self, request: GenerateRequest, seed: int) -> int:
         return self._engine.generate(
             request.prompt.encode("utf-8", "replace"),
             system_prompt=None
@@ -523,7 +522,7 @@ class NativeBackend(InferenceBackend):
             top_p=request.top_p,
             min_p=request.min_p,
             repetition_penalty=request.repetition_penalty,
-            seed=request.seed or 0,
+            seed=seed,
             stop=tuple(text.encode("utf-8", "replace") for text in request.stop if text),
             ignore_eos=request.ignore_eos,
             deterministic=request.deterministic,

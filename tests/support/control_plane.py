@@ -55,12 +55,15 @@ class Load:
         cpu_s: Processor time of the coordinator meanwhile: far below ``wall_s``, or it is the
             bottleneck.
         seconds: From assignment to result for each task, as the coordinator saw it.
+        socket_seconds: The same from the bytes of the one, on their way into the coordinator's
+            socket, to those of the other, out of it.
         failed: Results without success.
     """
 
     wall_s: float
     cpu_s: float
     seconds: list[float]
+    socket_seconds: list[float]
     failed: int
 
 

@@ -34,6 +34,21 @@ def frame(kind: str, **fields: Any) -> str:
     return ujson.dumps({"type": kind, **fields, **_ENVELOPE}, escape_forward_slashes=False)
 
 
+class StampedConnection(ServerConnection):
+    """Knows when bytes last came out of its socket and last went into it."""
+
+    received_at = 0.0
+    sent_at = 0.0
+
+    def data_received(self, data: bytes) -> None:
+        self.received_at = time.perf_counter()
+        super().data_received(data)
+
+    def send_data(self) -> None:
+        self.sent_at = time.perf_counter()
+        super().send_data()
+
+
 class LoadCoordinator:
     """Serves one worker."""
 
@@ -41,13 +56,17 @@ class LoadCoordinator:
         self.queued: deque[tuple[str, str]] = deque()
         self.requests = 0
         self.given: dict[str, float] = {}
+        self.sent: dict[str, float] = {}
         self.acknowledgements: dict[str, str] = {}
         self.seconds: list[float] = []
+        self.socket_seconds: list[float] = []
         self.failed = 0
         self.done = asyncio.Event()
-        self.socket: ServerConnection | None = None
+        self.socket: StampedConnection | None = None
 
-    async def handle(self, socket: ServerConnection) -> None:
+    async def handle(self, connection: ServerConnection) -> None:
+        assert isinstance(connection, StampedConnection)
+        socket = connection
         async for message in socket:
             assert isinstance(message, str)
             if message.startswith('{"type":"SubmitResult"'):
@@ -67,18 +86,21 @@ class LoadCoordinator:
                 )
                 self.socket = socket
 
-    async def give(self, socket: ServerConnection) -> None:
+    async def give(self, socket: StampedConnection) -> None:
         while self.requests and self.queued:
             self.requests -= 1
             block_id, assignment = self.queued.popleft()
             self.given[block_id] = time.perf_counter()
             await socket.send(assignment)
+            self.sent[block_id] = socket.sent_at
 
-    async def take(self, socket: ServerConnection, message: str) -> None:
+    async def take(self, socket: StampedConnection, message: str) -> None:
         now = time.perf_counter()
         start = message.index(_BLOCK_ID) + len(_BLOCK_ID)
         block_id = message[start : message.index('"', start)]
-        self.seconds.append(now - self.given.pop(block_id))
+        given = self.given.pop(block_id)
+        self.seconds.append(now - given)
+        self.socket_seconds.append(socket.received_at - self.sent.pop(block_id, given))
         self.failed += '"success":true' not in message
         await socket.send(self.acknowledgements.pop(block_id))
         if not self.acknowledgements:
@@ -98,7 +120,7 @@ class LoadCoordinator:
             )
             self.queued.append((block_id, assignment))
             self.acknowledgements[block_id] = frame("ResultAck", block_id=block_id, accepted=True)
-        self.seconds, self.failed = [], 0
+        self.seconds, self.socket_seconds, self.failed = [], [], 0
         self.done.clear()
         began, busy = time.perf_counter(), time.process_time()
         assert self.socket is not None
@@ -108,6 +130,7 @@ class LoadCoordinator:
             "wall_s": time.perf_counter() - began,
             "cpu_s": time.process_time() - busy,
             "seconds": self.seconds,
+            "socket_seconds": self.socket_seconds,
             "failed": self.failed,
         }
 
@@ -117,7 +140,13 @@ async def main() -> None:
     orders = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin)
-    async with serve(coordinator.handle, "127.0.0.1", 0, compression=None) as server:
+    async with serve(
+        coordinator.handle,
+        "127.0.0.1",
+        0,
+        compression=None,
+        create_connection=StampedConnection,
+    ) as server:
         print(next(iter(server.sockets)).getsockname()[1], flush=True)
         while line := await orders.readline():
             answer = await coordinator.work_off(**ujson.loads(line))
