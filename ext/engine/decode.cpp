@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 #include "cpu_layouts.h"
@@ -292,7 +293,9 @@ std::vector<token_logprob> engine::impl::describe_token(llama_token token, int32
 
     std::vector<token_logprob> result;
     for (const llama_token id : order) {
-        result.push_back({id, static_cast<float>(row[id] - norm), utf8_sanitize(model->piece(id))});
+        // One that is impossible has a number too: JSON has no infinity.
+        const double logprob = std::max<double>(std::numeric_limits<float>::lowest(), row[id] - norm);
+        result.push_back({id, static_cast<float>(logprob), utf8_sanitize(model->piece(id))});
     }
     return result;
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "common.h"
 #include "log_sink.h"
@@ -171,9 +172,18 @@ void score_job::advance_prefix() {
         // The prompt's last row scores the first token of every continuation.
         const float * row = row_of(ctx_, batch.n_tokens - 1);
         for (size_t i = 0; i < continuations_.size(); ++i) {
-            scores_[i] = static_cast<float>(log_probability(row, model_.info().n_vocab, continuations_[i][0]));
+            add_score(i, row, continuations_[i][0]);
         }
     }
+}
+
+void score_job::add_score(size_t k, const float * row, llama_token token) {
+    const double logprob = log_probability(row, model_.info().n_vocab, token);
+    if (std::isnan(logprob)) {
+        throw engine_error(errc::compute_failed, "the logits hold no number");
+    }
+    // What is impossible has a number too: JSON has no infinity.
+    scores_[k] = static_cast<float>(std::max<double>(std::numeric_limits<float>::lowest(), scores_[k] + logprob));
 }
 
 void score_job::advance_group() {
@@ -199,8 +209,7 @@ void score_job::advance_group() {
     int32_t row = 0;
     for (size_t k = done_; k < next; ++k) {
         for (size_t i = 1; i < continuations_[k].size(); ++i, ++row) {
-            scores_[k] +=
-                static_cast<float>(log_probability(row_of(ctx_, row), model_.info().n_vocab, continuations_[k][i]));
+            add_score(k, row_of(ctx_, row), continuations_[k][i]);
         }
     }
     for (llama_seq_id used = 1; used < seq; ++used) {

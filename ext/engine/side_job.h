@@ -59,6 +59,7 @@ class score_job : public side_job {
   private:
     void advance_prefix();
     void advance_group();
+    void add_score(size_t k, const float * row, llama_token token);
 
     loaded_model &                        model_;
     llama_context *                       ctx_;

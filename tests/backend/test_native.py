@@ -11,7 +11,9 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tiny_gguf import encode_gguf, tiny_metadata, tiny_tensors
 
 from ai4all import _engine
 from ai4all.backend import native, registry
@@ -21,6 +23,7 @@ from ai4all.backend.base import (
     GenerateRequest,
     GenerationEvent,
     PromptProgress,
+    ScoreRequest,
     TokenEvent,
 )
 from ai4all.backend.completions import NATIVE_ERRORS, timings_of, tokens_sha256
@@ -33,6 +36,7 @@ from ai4all.errors import (
     DeadlineExceeded,
     EngineBusy,
     EngineClosed,
+    EngineCrashed,
     EngineError,
     EngineUnavailable,
     LoadFailed,
@@ -190,6 +194,35 @@ class TestGenerate:
         end = await backend.complete(greedy(max_tokens=64, stop=(marker,)))
         assert end.finish_reason is FinishReason.STOP
         assert end.text == whole[: whole.index(marker)]
+
+
+class TestNoNumbers:
+    """A model whose weights overflow."""
+
+    @pytest.fixture
+    async def broken(self, tmp_path: Path) -> AsyncIterator[NativeBackend]:
+        tensors = [
+            dataclasses.replace(tensor, data=np.full(tensor.dims, 1e38, np.float32).tobytes())
+            if tensor.name == "output.weight"
+            else tensor
+            for tensor in tiny_tensors()
+        ]
+        path = tmp_path / "broken.gguf"
+        path.write_bytes(encode_gguf(tiny_metadata(), tensors))
+        async with NativeBackend() as backend:
+            await backend.load(model_file(path), OPTIONS)
+            yield backend
+
+    async def test_a_generation_fails(self, broken: NativeBackend) -> None:
+        with pytest.raises(EngineCrashed, match="hold no number"):
+            await broken.complete(greedy())
+
+    async def test_a_score_fails(self, broken: NativeBackend) -> None:
+        for _ in range(2):
+            with pytest.raises(EngineCrashed, match="hold no number"):
+                await broken.score_labels(
+                    ScoreRequest(prompt="the sea", continuations=(" is", " was salt"))
+                )
 
 
 class TestCancellation:
