@@ -7,6 +7,8 @@ what one process leaves is the next one's to deliver.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import random
 import signal
 import time
@@ -122,7 +124,9 @@ class _Scene:
         if twice:
             await asyncio.sleep(rng.uniform(0.0, 0.3))
             if running.process.returncode is None:
-                running.process.send_signal(signal.SIGTERM)
+                # Not by the process' own method: that may reap it, and its status would be lost.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(running.process.pid, signal.SIGTERM)
         status = await running.process.wait()
         return Stop(phase, twice, time.monotonic() - self.signalled_at, status)
 
