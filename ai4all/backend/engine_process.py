@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
+import signal
 import socket
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
@@ -188,7 +190,9 @@ class EngineProcess:
     def kill(self) -> None:
         """End it now, hung or not."""
         if self._process is not None and self._process.returncode is None:
-            self._process.kill()
+            # Not by the process' own method: that may reap it, and how it ended would be lost.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
 
     def kill_hung(self, state: EngineState, seconds: float) -> None:
         """End it because it made no progress."""

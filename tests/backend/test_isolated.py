@@ -37,7 +37,7 @@ from ai4all.backend.base import (
     TokenEvent,
 )
 from ai4all.backend.crash_records import CrashRecords
-from ai4all.backend.engine_process import engine_environment
+from ai4all.backend.engine_process import EngineProcess, engine_environment
 from ai4all.backend.isolated import IsolatedBackend
 from ai4all.backend.native import NativeBackend
 from ai4all.backend.quarantine import Quarantine
@@ -438,6 +438,16 @@ class TestDeath:
         assert counts[-1] == counts[0]
         await backend.close()
         assert me.children() == []
+
+
+async def test_how_one_ended_is_known_though_it_was_killed_meanwhile() -> None:
+    for _ in range(20):
+        process = EngineProcess(lambda process, message: None)
+        process._process = ended = await asyncio.create_subprocess_exec("true")
+        while ended.returncode is None:
+            process.kill()
+            await asyncio.sleep(0)
+        assert ended.returncode in (0, -signal.SIGKILL)
 
 
 class TestHang:
