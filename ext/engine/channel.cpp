@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <system_error>
 
 #include "json.h"
@@ -120,7 +121,7 @@ common_json described(const token_logprob & one) {
     return common_json::array({one.token, one.text, one.logprob});
 }
 
-// What a TokenEvent has, of a run of tokens of one command.
+// What a TokenEvent has, of tokens of one command that follow each other.
 class token_run {
   public:
     void add(const event & e) {
@@ -424,19 +425,22 @@ void channel::tick() {
 
 void channel::take(const std::vector<event> & events) noexcept {
     try {
-        common_json said = common_json::array();
-        for (size_t i = 0; i < events.size();) {
-            const event & e = events[i];
-            if (e.kind != event_kind::token) {
-                said.push_back(message_of(e));
-                ++i;
+        common_json                   said = common_json::array();
+        std::map<uint64_t, token_run> runs;  // sequences take turns; their tokens are told together
+        for (const event & e : events) {
+            if (e.kind == event_kind::token) {
+                runs[e.tag].add(e);
                 continue;
             }
-            token_run run;
-            for (; i < events.size() && events[i].kind == event_kind::token && events[i].tag == e.tag; ++i) {
-                run.add(events[i]);
+            const auto before = runs.find(e.tag);
+            if (before != runs.end()) {
+                said.push_back(message(e.tag, "token", before->second.fields()));
+                runs.erase(before);
             }
-            said.push_back(message(e.tag, "token", run.fields()));
+            said.push_back(message_of(e));
+        }
+        for (const auto & [number, run] : runs) {
+            said.push_back(message(number, "token", run.fields()));
         }
         for (const log_line & line : drain_log()) {
             const int32_t level = python_level(line.level);

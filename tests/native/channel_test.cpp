@@ -157,6 +157,28 @@ static void test_a_generation() {
     CHECK(h.text(id) == text);
 }
 
+// Sequences take turns, and the tokens of each are told together nevertheless.
+static void test_two_at_once() {
+    talk t;
+    t.say(generation(1, 300));
+    t.say(generation(2, 300));
+    size_t n_messages = 0;
+    size_t n_tokens   = 0;
+    size_t n_ended    = 0;
+    while (n_ended < 2) {
+        const common_json m = t.next();
+        if (!m.at(0).is_number()) {
+            continue;
+        }
+        if (talk::kind(m) == "token") {
+            ++n_messages;
+            n_tokens += m.at(2).at("token_ids").size();
+        }
+        n_ended += talk::kind(m) == "finished" ? 1 : 0;
+    }
+    CHECK(n_tokens == 600 && n_messages < 500);
+}
+
 static void test_likely_tokens_and_pieces() {
     talk t;
     // One byte at a time.
@@ -316,6 +338,7 @@ int main(int argc, char ** argv) {
     }
     model_path = argv[1];
     test_a_generation();
+    test_two_at_once();
     test_likely_tokens_and_pieces();
     test_what_is_no_request();
     test_cancel_and_ticks();
