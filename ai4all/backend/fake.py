@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +30,8 @@ from ai4all.backend.base import (
     Timings,
     TokenEvent,
 )
-from ai4all.backend.devices import backend_of, choose_devices, device_label
+from ai4all.backend.completions import RunningModel
+from ai4all.backend.devices import choose_devices, device_label
 from ai4all.backend.fake_meaning import word_likelihood, word_vectors
 from ai4all.backend.fake_script import (
     Script,
@@ -187,6 +187,8 @@ class FakeBackend(InferenceBackend):
                 threads=options.threads or self._threads,
                 has_chat_template=True,
                 draft=options.draft,
+                n_batch=options.n_batch,
+                n_ubatch=options.n_ubatch,
             )
             if progress is not None:
                 progress(1.0)
@@ -498,25 +500,8 @@ class FakeBackend(InferenceBackend):
         seed: int = 0,
         deterministic: bool = False,
     ) -> Fingerprint:
-        ids = b"".join(token.to_bytes(4, "little") for token in token_ids)
-        options = self._options
-        return Fingerprint(
-            model_sha256=model.file.sha256,
-            engine_build="fake",
-            backend=backend_of(model.device),
-            device=model.device,
-            threads=model.threads,
-            n_ctx=model.n_ctx,
-            n_batch=options.n_batch,
-            n_ubatch=options.n_ubatch,
-            kv_type=options.kv_type,
-            flash_attention=options.flash_attention,
-            seed=seed,
-            deterministic=deterministic,
-            prefix_reused=0,
-            batched_with=0,
-            output_tokens_sha256=hashlib.sha256(ids).hexdigest(),
-        )
+        running = RunningModel(model, self._options)
+        return running.fingerprint("fake", tuple(token_ids), seed=seed, deterministic=deterministic)
 
 
 def _count_words(text: str) -> int:
