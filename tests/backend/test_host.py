@@ -39,7 +39,7 @@ from ai4all.errors import (
 )
 
 TICK_S = 0.05
-OPTIONS = shallow_dict(EngineOptions(n_ctx=256, threads=1))
+OPTIONS = shallow_dict(EngineOptions(n_ctx=256, threads=1, device="cpu"))
 
 
 class Talk:
