@@ -26,9 +26,7 @@ from ai4all.errors import LoadFailed
 from ai4all.types.model import ModelFile
 
 # A fixed length: how fast the machine is must not decide whether anything is drafted.
-OPTIONS = EngineOptions(
-    n_ctx=512, n_batch=64, n_ubatch=64, threads=1, device="cpu", draft_tokens=5
-)
+OPTIONS = EngineOptions(n_ctx=512, n_batch=64, n_ubatch=64, threads=1, device="cpu", draft_tokens=5)
 
 
 def file_of(path: Path) -> ModelFile:
