@@ -384,6 +384,7 @@ cdef class Engine:
 
 
 @cython.final
+@cython.no_gc_clear  # the engine outlives it
 cdef class Channel:
     """Serves an engine's generations over a socket, from threads of its own."""
 
@@ -419,7 +420,7 @@ cdef class Channel:
         return [<bytes> frame for frame in frames], is_open
 
     def send(self, bytes content, size_t n_served=0):
-        """Send one frame, which answers so many of those that were taken."""
+        """Send one frame, which answers so many of the loads and unloads that were taken."""
         cdef string copy = content
         with nogil:
             self._channel.send(copy, n_served)

@@ -136,15 +136,15 @@ class Channel(asyncio.Protocol):
 
         Args:
             content: What is in it.
-            served: So many frames are answered by it, which concerns channels that serve some by
-                themselves.
+            served: So many loads and unloads are answered by it, which concerns channels that
+                serve generations by themselves.
         """
         if self._transport is not None and not self._transport.is_closing():
             payload = ujson.dumps(content, escape_forward_slashes=False).encode("ascii")
             self._transport.write(_LENGTH.pack(len(payload)) + payload)
 
     def served(self) -> None:
-        """Tell that a frame has been served without an answer; likewise."""
+        """Tell that a load or an unload has been served without an answer; likewise."""
 
     def close(self) -> None:
         """Send what is left, and close."""

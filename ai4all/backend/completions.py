@@ -175,8 +175,19 @@ class GenerationSoFar:
             end: How it ended. Its text has been added.
             running: The model that served it.
             engine_build: The line of the build that did.
+
+        Raises:
+            ValueError: The counts do not fit each other, or what came before.
         """
         tokens = tuple(self._tokens)
+        counts = (end.n_neighbours, end.n_by_model, end.times[-1] - end.times[0])
+        if (
+            end.n_tokens != len(tokens)
+            or not 0 <= end.n_reused <= end.n_prompt
+            or not 0 <= end.n_draft_right <= end.n_drafted
+            or min(counts) < 0
+        ):
+            raise ValueError("an end that does not fit its generation")
         return Completion(
             text="".join(self._text),
             token_ids=tokens,

@@ -1,7 +1,7 @@
 """The engine process: serves one backend over an inherited socket until the other end goes.
 
 Generations of the native engine do not come here: it reads them from the socket itself and answers
-there (``NativeChannel``), but for those that come while another command is served.
+there (``NativeChannel``), but for those that come while a model is loaded or dropped.
 
 Started by ``ai4all.backend.isolated``; of no use by hand. It computes and nothing else: it opens
 no connection, has no settings and no secrets, writes no file, and does not outlive its parent.
@@ -184,11 +184,10 @@ class EngineHost:
             case ["cancel", int(number)]:
                 if number in self._tasks:
                     self._tasks[number].cancel()
-                self._channel.served()
             case ["load", int(number), model, options]:
-                self._begin(number, self._load(number, model, options))
+                self._begin(number, self._load(number, model, options), changes_model=True)
             case ["unload", int(number)]:
-                self._begin(number, self._unload(number))
+                self._begin(number, self._unload(number), changes_model=True)
             case ["embed", int(number), request]:
                 self._begin(number, self._embed(number, request))
             case ["score", int(number), request]:
@@ -197,7 +196,6 @@ class EngineHost:
                 self._begin(number, self._devices(number))
             case ["close"]:
                 self._closing.set()
-                self._channel.served()
             case _:
                 raise AssertionError(f"no such command: {content[:1]}")
 
@@ -206,25 +204,43 @@ class EngineHost:
             # Nobody is there to compute for, and what hangs could not be closed anyway.
             os._exit(0)
 
-    def _begin(self, number: int, work: Coroutine[Any, Any, None]) -> None:
-        self._tasks[number] = asyncio.ensure_future(self._run(number, work))
+    def _begin(
+        self, number: int, work: Coroutine[Any, Any, None], *, changes_model: bool = False
+    ) -> None:
+        running = self._run(number, work, changes_model=changes_model)
+        task = self._tasks[number] = asyncio.ensure_future(running)
+
+        def end(_: asyncio.Task[None]) -> None:
+            # One that is cancelled before its first step never takes one.
+            if number in self._tasks:
+                work.close()
+                self._end(number, Cancelled("cancelled on request"), changes_model=changes_model)
+
+        task.add_done_callback(end)
         if self._ticking is None:
             loop = asyncio.get_running_loop()
             self._ticking = loop.call_later(self._tick, self._look_at_pulse)
 
-    async def _run(self, number: int, work: Coroutine[Any, Any, None]) -> None:
+    async def _run(
+        self, number: int, work: Coroutine[Any, Any, None], *, changes_model: bool
+    ) -> None:
+        failure: Exception | None = None
         try:
             await work
         except asyncio.CancelledError:
-            self.say([number, "error", *error_to_wire(Cancelled("cancelled on request"))])
+            failure = Cancelled("cancelled on request")
         except Exception as error:  # noqa: BLE001 - a fault of one command is told, not the end.
             if not isinstance(error, Ai4allError):
                 _log_places(error)
-            self.say([number, "error", *error_to_wire(error)])
-        finally:
-            del self._tasks[number]
-            # Somebody waits for the end, which was said just now: not another turn of the loop.
-            self._flush(served=1)
+            failure = error
+        self._end(number, failure, changes_model=changes_model)
+
+    def _end(self, number: int, failure: Exception | None, *, changes_model: bool) -> None:
+        del self._tasks[number]
+        if failure is not None:
+            self.say([number, "error", *error_to_wire(failure)])
+        # Somebody waits for the end, which was said just now: not another turn of the loop.
+        self._flush(served=int(changes_model))
 
     async def _load(self, number: int, model: Any, options: Any) -> None:
         if self._serving.capabilities().backend == "cpu":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -56,6 +57,7 @@ from ai4all.backend.supervisor import Supervisor
 from ai4all.backend.watchdog import EngineState, Watchdog, WatchdogLimits
 from ai4all.errors import (
     Ai4allError,
+    BadRequest,
     EngineClosed,
     EngineCrashed,
     EngineError,
@@ -274,7 +276,7 @@ class IsolatedBackend(InferenceBackend):
         """
         # Drawn here: the completion's fingerprint is made here too.
         seed = seed_of(request)
-        fields = {**shallow_dict(request), "seed": seed}
+        fields = {**_fields_of(request), "seed": seed}
         so_far = GenerationSoFar(request, seed)
         command, waited_ms = await self._submit("generate", fields, request.deadline, so_far)
         try:
@@ -404,7 +406,7 @@ class IsolatedBackend(InferenceBackend):
             self._release(command)
 
     async def _job(self, name: str, request: Any, deadline: float | None) -> Any:
-        command, waited_ms = await self._submit(name, shallow_dict(request), deadline)
+        command, waited_ms = await self._submit(name, _fields_of(request), deadline)
         try:
             _, result = await command.get()
         finally:
@@ -427,6 +429,11 @@ class IsolatedBackend(InferenceBackend):
         if self._refusal is not None:
             # A copy: an exception that is raised twice carries both ways.
             raise error_from_wire(*error_to_wire(self._refusal))
+        if self._wanted is None and not any(
+            each.to_load is not None and not each.abandoned for each in self._commands.values()
+        ):
+            # What a load that was given up has left there is nobody's.
+            raise EngineError("no model is loaded")
         command = self._send(name, process, fields, so_far=so_far)
         return command, waited * 1000.0
 
@@ -505,8 +512,12 @@ class IsolatedBackend(InferenceBackend):
             case "done":
                 answer = _RESULTS[command.name](rest[0])
                 self._supervisor.did_work = True
+            case "unloaded":
+                self._running = None
             case "error":
                 answer = error_from_wire(*rest)
+                if command.to_load is not None and self._wanted in (None, command.to_load):
+                    self._running = None
         # Not before the answer has been read: whoever sends nonsense leaves the command open, and
         # with his end it is ended.
         if kind in _LAST_ANSWERS:
@@ -519,8 +530,14 @@ class IsolatedBackend(InferenceBackend):
     def _finish(self, command: _Command, told: Any) -> None:
         """Make a whole of what the native engine told of a generation."""
         end = FINISHED.validate_python(told)
-        if command.so_far is None or self._running is None:
-            raise LookupError("a generation of no model")
+        if command.so_far is None:
+            raise LookupError("an end of what is no generation")
+        if self._running is None:
+            # Of a load that was cancelled, but too late.
+            command.fail(
+                EngineClosed("the model was given up while its last events were on the way")
+            )
+            return
         if end.text:
             # What was kept back as a possible stop sequence is text after all.
             command.put("token", command.so_far.add(TokenEvent(end.text, (), end.n_tokens)))
@@ -668,6 +685,21 @@ class IsolatedBackend(InferenceBackend):
         self._monitor.close()
         await self._supervisor.close(self.limits.close)
         self._engine_figures = None
+
+
+def _fields_of(request: GenerateRequest | EmbedRequest | ScoreRequest) -> dict[str, Any]:
+    """A request as it crosses; JSON has no infinity.
+
+    Raises:
+        BadRequest: A number is none.
+    """
+    fields = shallow_dict(request)
+    if fields["deadline"] == math.inf:
+        fields["deadline"] = None
+    for name, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BadRequest(f"{name} is {value}; it must be a finite number")
+    return fields
 
 
 def _after_waiting(result: Any, waited_ms: float) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import socket
 from collections import deque
@@ -214,12 +215,12 @@ class NativeChannel:
         self._loop.add_reader(self._channel.fileno(), self._on_ready)
 
     def send(self, content: list[Any], served: int = 0) -> None:
-        """Send a frame, which answers so many of those that came."""
+        """Send a frame, which answers so many of the loads and unloads that came."""
         payload = ujson.dumps(content, escape_forward_slashes=False).encode("ascii")
         self._channel.send(payload, served)
 
     def served(self) -> None:
-        """Tell that a frame has been served without an answer."""
+        """Tell that a load or an unload has been served without an answer."""
         self._channel.served(1)
 
     def close(self) -> None:
@@ -229,11 +230,19 @@ class NativeChannel:
 
     def _on_ready(self) -> None:
         frames, is_open = self._channel.take()
-        for frame in frames:
-            self._on_frame(ujson.loads(frame))
+        try:
+            for frame in frames:
+                self._on_frame(ujson.loads(frame))
+        except Exception:
+            # What follows a frame that was not served cannot be relied on.
+            self._lose("a frame that cannot be served")
+            raise
         if not is_open:
-            self._loop.remove_reader(self._channel.fileno())
-            self._on_lost(None)
+            self._lose(None)
+
+    def _lose(self, problem: str | None) -> None:
+        self._loop.remove_reader(self._channel.fileno())
+        self._on_lost(problem)
 
 
 class NativeBackend(InferenceBackend):
@@ -595,7 +604,7 @@ _LAST_EVENTS = frozenset(
 
 def _deadline_ns(deadline: float | None) -> int:
     # time.monotonic() and the engine's steady clock are one clock.
-    return 0 if deadline is None else max(1, int(deadline * 1e9))
+    return 0 if deadline in (None, math.inf) else max(1, int(deadline * 1e9))
 
 
 def _logprob(described: tuple[tuple[int, str, float], ...]) -> TokenLogprob:

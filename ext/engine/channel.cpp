@@ -55,7 +55,9 @@ Int integer(const common_json & fields, const char * name, Int otherwise = 0) {
         return otherwise;
     }
     const auto wide = value.get<int64_t>();
-    if (!value.is_number_integer() || wide < static_cast<int64_t>(std::numeric_limits<Int>::min()) ||
+    // One beyond 63 bits comes out with the other sign.
+    if (!value.is_number_integer() || (value.get<double>() < 0.0) != (wide < 0) ||
+        wide < static_cast<int64_t>(std::numeric_limits<Int>::min()) ||
         wide > static_cast<int64_t>(std::numeric_limits<Int>::max())) {
         throw engine_error(errc::bad_request, std::string(name) + ": out of range");
     }
@@ -296,9 +298,6 @@ void channel::run() noexcept {
                 return;
             }
         }
-        if (!is_busy) {
-            next_tick_ = now + options_.tick_ns;
-        }
         // The timeout is rounded up: not a turn for each fraction of a millisecond.
         const int64_t due  = closing_ ? until : is_busy ? next_tick_ : -1;
         const int  timeout = due < 0 ? -1 : static_cast<int>(std::max<int64_t>(0, (due - now + 999'999) / 1'000'000));
@@ -310,6 +309,9 @@ void channel::run() noexcept {
         }
         if (ready[1].revents != 0) {
             wake_thread_.clear();
+        }
+        if (!is_busy) {
+            next_tick_ = now_ns() + options_.tick_ns;
         }
         try {
             if (!closing_ && ready[0].revents != 0 && !receive()) {
@@ -358,8 +360,10 @@ void channel::take_frame(std::string content) {
     }
     {
         const std::lock_guard<std::mutex> lock(handed_mutex_);
+        if (begins_with(content, "[\"load\",") || begins_with(content, "[\"unload\",")) {
+            ++n_handed_;
+        }
         handed_.push_back(std::move(content));
-        ++n_handed_;
     }
     wake_caller_.signal();
 }

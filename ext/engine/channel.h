@@ -4,8 +4,8 @@
 // channel's own reads them, and the engine's thread answers, so that no interpreter stands between a
 // request and its tokens. Every other frame is handed to the caller.
 //
-// Order is kept. A generation that comes while the caller still works on frames that it was handed is
-// handed to him as well, so that it cannot overtake the load that it was sent after.
+// Order is kept where it matters. A generation that comes while the caller still works on a load or an
+// unload is handed to him as well, so that it cannot overtake what it was sent after.
 
 #pragma once
 
@@ -43,8 +43,8 @@ class channel : event_sink {
     // Move out the frames for the caller, without their lengths; false once no more can come, because the
     // other end has gone or does not keep to the format.
     bool take(std::vector<std::string> & frames);
-    // Send one frame, after all that were sent before. It answers so many of the frames that were taken:
-    // whoever has read it finds them served.
+    // Send one frame, after all that were sent before. It answers so many of the loads and unloads that
+    // were taken: whoever has read it finds them served.
     void send(const std::string & content, size_t n_served = 0);
     // So many of them have been served without an answer.
     void served(size_t n_frames) noexcept;
@@ -76,7 +76,7 @@ class channel : event_sink {
 
     std::mutex               handed_mutex_;  // of what follows
     std::vector<std::string> handed_;
-    size_t                   n_handed_ = 0;  // ever, and how many of them have been served
+    size_t                   n_handed_ = 0;  // loads and unloads ever, and how many of them have been served
     size_t                   n_served_ = 0;
     bool                     lost_     = false;
 

@@ -371,6 +371,9 @@ void engine::impl::do_load(command cmd) {
     };
     try {
         load_models(cmd.load, progress);
+        if (cmd.is_cancelled()) {
+            throw engine_error(errc::cancelled, "the load was cancelled");  // the caller holds no model now
+        }
     } catch (const std::exception & error) {
         drop_model();
         const auto * known  = dynamic_cast<const engine_error *>(&error);

@@ -201,11 +201,12 @@ class TestNativeChannel:
             await talk.send(["generate", number, request(max_tokens=1)])
             last = await talk.until(number, "done", "error", "finished", "failed")
             assert last[1] == "finished"
+        # What Python does meanwhile is no load.
         await talk.send(
             ["score", 40, {"prompt": "a", "continuations": ["b"]}],
             ["generate", 41, request(max_tokens=3)],
         )
-        assert (await talk.until(41, "done", "finished"))[1] == "done"
+        assert (await talk.until(41, "done", "finished"))[1] == "finished"
 
     async def test_one_is_cancelled(self, talk: Talk, tiny_model: Path) -> None:
         await talk.receive()
@@ -267,6 +268,37 @@ class TestNativeChannel:
             assert (await talk.until(number, "failed"))[2][0] == "cancelled"
             lines = [m for frame in talk.frames for m in frame if m[0] == "log"]
         assert all(level == 10 and text for _, level, text in lines)
+
+
+class TestCancel:
+    """A command of Python's that is cancelled in the very moment in which it comes."""
+
+    async def test_each_ends_once_and_leaves_nothing(self, talk: Talk, tiny_model: Path) -> None:
+        await talk.receive()
+        await talk.send(["load", 1, model(tiny_model), OPTIONS])
+        await talk.until(1, "loaded")
+        commands: dict[int, list[Any]] = {
+            2: ["embed", 2, {"texts": ["a"], "normalize": True, "deadline": None}],
+            3: ["score", 3, {"prompt": "a", "continuations": ["b"]}],
+            4: ["devices", 4],
+            5: ["unload", 5],
+            6: ["load", 6, model(tiny_model), OPTIONS],
+        }
+        for number, command in commands.items():
+            await talk.send(command, ["cancel", number])
+            assert (await talk.until(number, "error"))[2] == "Cancelled"
+        # No load is under way any more, and no command.
+        await talk.send(["load", 7, model(tiny_model), OPTIONS])
+        await talk.until(7, "loaded", "error")
+        await talk.send(["generate", 8, request(max_tokens=1)])
+        await talk.until(8, "finished")
+        await asyncio.sleep(4 * TICK_S)
+        await talk.send(["generate", 9, request(max_tokens=1)])
+        talk.frames.clear()
+        await talk.until(9, "finished")
+        messages = [message for frame in talk.frames for message in frame]
+        assert sum(message[0] == "tick" for message in messages) <= 1
+        assert talk.process.returncode is None
 
 
 class TestCompany:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import os
 import shutil
 import signal
@@ -61,6 +62,8 @@ SCRIPTED = ModelFile("scripted", Path("absent.gguf"), "a" * 64, 100)
 LONG = 400
 FIGURES = "1, 1, 0, 0, 0, 0, 0, [1, 2, 3, 4, 5, 6, 7]"
 """Of a "finished" of the native engine: counts of tokens, and times."""
+TIMES = "[1, 2, 3, 4, 5, 6, 7]"
+TOKEN = '[2, "token", {"text": "a", "token_ids": [5], "completion_tokens": 1}]'
 
 
 def file_of(path: Path) -> ModelFile:
@@ -302,6 +305,60 @@ class TestCancellation:
             await load
         await isolated.load(file_of(tiny_model), OPTIONS)
         assert (await isolated.complete(greedy())).usage.completion_tokens == 16
+
+    async def test_after_a_cancelled_load_no_other_model_answers(
+        self, isolated: IsolatedBackend, tiny_model: Path
+    ) -> None:
+        process_id = isolated.process_id
+        given_up = 0
+        for turn in range(60):
+            await isolated.load(file_of(tiny_model), OPTIONS)
+            other = replace(OPTIONS, n_ctx=256)
+            load = asyncio.create_task(isolated.load(file_of(tiny_model), other))
+            for _ in range(turn % 30):
+                await asyncio.sleep(0.0005)
+            load.cancel()
+            await asyncio.wait({load})
+            if isolated.loaded is None:
+                given_up += 1
+                with pytest.raises(EngineError):
+                    await isolated.complete(greedy())
+            else:
+                # It had not begun, or was just over.
+                completion = await isolated.complete(greedy())
+                assert completion.fingerprint.n_ctx == isolated.loaded.n_ctx
+        assert given_up > 0
+        assert isolated.process_id == process_id
+
+    async def test_at_once_it_leaves_nothing_that_counts_as_hung(
+        self, tmp_path: Path, tiny_model: Path
+    ) -> None:
+        limits = WatchdogLimits(prefill=1.0, load=1.0, decode=1.0)
+        records = CrashRecords(tmp_path)
+        async with IsolatedBackend(limits=limits, crash_records=records) as backend:
+            await backend.load(file_of(tiny_model), OPTIONS)
+            for _ in range(20):
+                task = asyncio.create_task(backend.embed(EmbedRequest(texts=("a",))))
+                await asyncio.sleep(0)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            await until(lambda: backend.resource_usage().active_threads == 0)
+            await asyncio.sleep(1.5)
+            assert (await backend.complete(greedy())).usage.completion_tokens == 16
+        assert not list(tmp_path.iterdir())
+
+
+async def test_a_number_that_is_none_is_a_bad_request(
+    isolated: IsolatedBackend,
+) -> None:
+    process_id = isolated.process_id
+    assert (await isolated.complete(greedy(deadline=math.inf))).usage.completion_tokens == 16
+    with pytest.raises(BadRequest, match="temperature"):
+        await isolated.complete(greedy(temperature=math.nan))
+    with pytest.raises(BadRequest, match="deadline"):
+        await isolated.embed(EmbedRequest(texts=("a",), deadline=-math.inf))
+    assert isolated.process_id == process_id
 
 
 class TestDeath:
@@ -578,6 +635,13 @@ class TestTrust:
             '[[2, "finished"]]',
             '[[2, "failed", ["no_such_code", "text", 0, 0]]]',
             '[[2, "failed", "busy"]]',
+            # Counts that fit neither each other nor the one token.
+            f'[{TOKEN}, [2, "finished", ["", "stop", 4, 2, 0, 0, 0, 0, 0, {TIMES}]]]',
+            f'[{TOKEN}, [2, "finished", ["", "stop", 4, 1, 5, 0, 0, 0, 0, {TIMES}]]]',
+            f'[{TOKEN}, [2, "finished", ["", "stop", 4, 1, -1, 0, 0, 0, 0, {TIMES}]]]',
+            f'[{TOKEN}, [2, "finished", ["", "stop", 4, 1, 0, -1, 0, 0, 0, {TIMES}]]]',
+            f'[{TOKEN}, [2, "finished", ["", "stop", 4, 1, 0, 0, 1, 2, 0, {TIMES}]]]',
+            f'[{TOKEN}, [2, "finished", ["", "stop", 4, 1, 0, 0, 0, 0, 0, [7, 6, 5, 4, 3, 2, 1]]]]',
             '[[2, "token", {"text": "x", "token_ids": [1099511627776], "completion_tokens": 1}],'
             f' [2, "finished", ["", "stop", {FIGURES}]]]',
         ],
@@ -593,8 +657,7 @@ class TestTrust:
     async def test_what_the_native_engine_tells_is_made_a_whole_here(
         self, scripted: Scripted
     ) -> None:
-        token = '[2, "token", {"text": "a", "token_ids": [5], "completion_tokens": 1}]'
-        backend = scripted(answer=f'[{token}, [2, "finished", ["b", "stop", {FIGURES}]]]')
+        backend = scripted(answer=f'[{TOKEN}, [2, "finished", ["b", "stop", {FIGURES}]]]')
         await backend.load(SCRIPTED, OPTIONS)
         completion = await backend.complete(greedy())
         assert (completion.text, completion.token_ids) == ("ab", (5,))
