@@ -6,6 +6,7 @@ Nothing here knows the wire's session or the spool; ``worker`` does.
 from __future__ import annotations
 
 import asyncio
+import functools
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -293,10 +294,10 @@ class ModelGate:
             self.health.confirm(loaded)
             return 0.0
         await self._idle.wait()
-        self._is_stale = False
+        stale, self._is_stale = self._is_stale, False
         # A load is not given up with the block that asked for it: the next may want it, too.
         self._loading = asyncio.ensure_future(self._load(model))
-        self._loading.add_done_callback(self._loaded)
+        self._loading.add_done_callback(functools.partial(self._loaded, stale))
         return (await asyncio.shield(self._loading)).load_ms
 
     async def _load(self, model: ModelFile) -> LoadedModel:
@@ -315,11 +316,13 @@ class ModelGate:
             self.health.expect(await asyncio.to_thread(self._baseline_for, loaded))
         return loaded
 
-    def _loaded(self, task: asyncio.Task[LoadedModel]) -> None:
+    def _loaded(self, stale: bool, task: asyncio.Task[LoadedModel]) -> None:
         self._loading = None
         self._memory_until = 0.0
-        if not task.cancelled():
-            task.exception()  # Taken, so that nobody warns when the block has gone.
+        # The exception is taken, so that nobody warns when the block has gone.
+        if task.cancelled() or task.exception() is not None:
+            # What is still loaded may run as it no longer shall.
+            self._is_stale |= stale
 
 
 class _Use:
@@ -344,6 +347,7 @@ async def run_block(
     slots: Slots,
     on_text: Callable[[str, int], None],
     on_completion: Callable[[Completion], None] | None = None,
+    max_result_bytes: int | None = None,
 ) -> TaskResult:
     """Compute a block. Whatever goes wrong becomes a failed result.
 
@@ -355,6 +359,7 @@ async def run_block(
         slots: One for each block that may be computed at once.
         on_text: Called with text that became certain and the count of tokens so far.
         on_completion: Called with each generation that ended well.
+        max_result_bytes: Longest message that can tell the result.
 
     Raises:
         asyncio.CancelledError: The task was cancelled by other means than ``Block.stop``.
@@ -363,7 +368,9 @@ async def run_block(
     try:
         if block.stopped_by is not None:
             return block.failed(block.stopped_by)
-        return await _attempt(block, backend, models, gate, slots, on_text, on_completion)
+        return await _attempt(
+            block, backend, models, gate, slots, on_text, on_completion, max_result_bytes
+        )
     except asyncio.CancelledError:
         if block.stopped_by is None:
             raise
@@ -385,13 +392,22 @@ async def _attempt(
     slots: Slots,
     on_text: Callable[[str, int], None],
     on_completion: Callable[[Completion], None] | None,
+    max_result_bytes: int | None,
 ) -> TaskResult:
     assignment = block.assignment
     remaining = block.remaining
     if remaining is not None and remaining <= 0.0:
         raise DeadlineExceeded("the deadline had passed when the block arrived")
     parsed = parse_input(assignment.task_type, assignment.input)
-    job = Job(assignment.task_type, parsed, backend, block.deadline, on_text, on_completion)
+    job = Job(
+        assignment.task_type,
+        parsed,
+        backend,
+        block.deadline,
+        on_text,
+        on_completion,
+        max_result_bytes,
+    )
     try:
         async with asyncio.timeout(remaining) as limit, slots:
             model = _loaded_under(assignment.model_id, backend)

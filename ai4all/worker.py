@@ -213,14 +213,14 @@ class Worker:
             options=options.session,
         )
         self._session.degraded = self._health.degraded
-        max_frame = min(link.max_size, options.session.limits.max_bytes)
+        self._max_frame = min(link.max_size, options.session.limits.max_bytes)
         self._connection = Connection(
             self._session, link, policy, self._on_event, clock=clock, dial=dial
         )
         self._delivery = Delivery(
             spool,
             self._session,
-            max_frame,
+            self._max_frame,
             sent=self._connection.flush,
             recovered=self._go_on,
         )
@@ -418,7 +418,11 @@ class Worker:
             case SessionEnded(code, reason):
                 self._look_at_health()
                 self._session.capabilities = self._describe()
-                self._session.benchmark_score = self._score()
+                try:
+                    self._session.benchmark_score = self._score()
+                except (Ai4allError, OSError) as exc:
+                    # The one before stands; it is no reason to stop.
+                    _log.warning("score_not_read", error=str(exc))
                 if self._is_up:
                     self._is_up = False
                     self._observe(LinkDown(reason or f"close code {code}"))
@@ -560,15 +564,21 @@ class Worker:
         def on_text(text: str, completion_tokens: int) -> None:
             self._observe(BlockText(block.block_id, text))
             stream.hold(text)
-            if stream.is_due and self._session.send_progress(
-                block.block_id, stream.held, completion_tokens
-            ):
+            if stream.is_due and self._session.takes_progress(block.block_id):
+                self._session.send_progress(block.block_id, stream.held, completion_tokens)
                 stream.sent()
                 self._connection.flush()
 
         try:
             result = await run_block(
-                block, self._backend, self._models, self._gate, self._slots, on_text, on_completion
+                block,
+                self._backend,
+                self._models,
+                self._gate,
+                self._slots,
+                on_text,
+                on_completion,
+                self._max_frame,
             )
             has_begun = block.started_at is not None
             try:

@@ -222,7 +222,9 @@ class Delivery:
             except SpoolError as exc:
                 self._wait_for_room(exc)
             else:
-                self._problem = None
+                # Else one came meanwhile, and has no other retry than this.
+                if not self._unkept and not self._unforgotten:
+                    self._problem = None
         self._retrying = None
         _log.info("results_kept_again")
         self._recovered()

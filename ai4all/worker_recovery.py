@@ -90,8 +90,8 @@ class DeviceRecovery:
             if self._model is None or not health.sees_device(backend.capabilities()):
                 return
             if backend.loaded is not None and health.misses_device:
-                # It runs elsewhere, as its owner allowed.
-                await backend.unload()
+                # It runs elsewhere, as its owner allowed; whoever uses it now ends first.
+                self._gate.renew()
             async with self._gate.use(self._model):
                 _log.info("device_is_back", device=health.promised)
         except (Ai4allError, OSError) as exc:

@@ -14,9 +14,9 @@ from ai4all.backend.base import EngineOptions, GpuFigures, ResourceUsage
 from ai4all.backend.fake import FakeBackend, ScriptedGeneration
 from ai4all.benchmark.speed_watch import SpeedBaseline
 from ai4all.clock import Clock
-from ai4all.errors import DeviceUnavailable
+from ai4all.errors import DeviceUnavailable, OutOfMemory
 from ai4all.protocol.connection import LinkOptions
-from ai4all.types.model import DeviceInfo
+from ai4all.types.model import DeviceInfo, ModelFile
 from ai4all.worker_health import WorkerHealth
 
 CPU = DeviceInfo("CPU", "cpu", "a processor", 32_000, 30_000)
@@ -259,3 +259,30 @@ async def test_other_settings_are_another_promise() -> None:
         count = len(beats(coordinator))
         await running.until(lambda: len(beats(coordinator)) > count + 1)
         assert not is_degraded(coordinator)
+
+
+async def test_settings_that_do_not_fit_are_not_forgotten() -> None:
+    """The model runs as it did until a load succeeds, and each block tries."""
+    coordinator = Coordinator(heartbeat_ms=100)
+    backend = with_gpu()
+    async with serving(coordinator), working(coordinator, backend, preload=TINY) as running:
+        await running.until(lambda: backend.loaded is not None)
+        worker = running.worker
+        link = LinkOptions(url=f"ws://127.0.0.1:{coordinator.port}")
+        tried: list[int] = []
+
+        def refuse(model: ModelFile) -> EngineOptions:
+            tried.append(len(tried))
+            if len(tried) < 3:
+                raise OutOfMemory("it does not fit")
+            return engine
+
+        engine = EngineOptions(n_ctx=64)
+        changed = dataclasses.replace(worker._options, engine=engine, engine_for=refuse)
+        worker.reconfigure(changed, link)
+        for number in range(3):
+            coordinator.tasks.append(assignment(f"b-{number}"))
+            await running.until(lambda n=number: f"b-{n}" in coordinator.results())
+        results = coordinator.results()
+        assert [results[f"b-{n}"]["success"] for n in range(3)] == [False, False, True]
+        assert results["b-2"]["fingerprint"]["n_ctx"] == 64

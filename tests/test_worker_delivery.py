@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import sqlite3
 import time
 from collections import deque
@@ -224,6 +225,33 @@ async def test_a_block_that_arrives_meanwhile_is_refused_with_the_reason() -> No
         await running.until(lambda: running.worker._delivery.problem is None)
         await coordinator.say(**assignment("pushed"))
         await running.until(lambda: coordinator.results()["pushed"]["success"])
+
+
+@pytest.mark.usefixtures("soon")
+async def test_one_that_could_not_be_kept_while_others_were_is_kept_as_well() -> None:
+    spool = SmallDisk()
+    coordinator = Coordinator(deque([assignment("b-1")]), acknowledge=False)
+    async with serving(coordinator), working(coordinator, spool=spool) as running:
+        delivery = running.worker._delivery
+        await running.until(lambda: delivery.problem is not None)
+        commit, began, go_on = SmallDisk.commit, asyncio.Event(), asyncio.Event()
+
+        async def slow(*arguments: Any) -> None:
+            began.set()
+            await go_on.wait()
+            await commit(spool, *arguments)
+
+        spool.commit = slow  # type: ignore[method-assign]
+        spool.is_full = False
+        await began.wait()
+        # Now, in the middle of keeping the first, there is no room for a second.
+        spool.commit = functools.partial(commit, spool)  # type: ignore[method-assign]
+        spool.is_full = True
+        await delivery.submit("b-2", never_begun(EngineCrashed("gone")))
+        spool.is_full = False
+        go_on.set()
+        await running.until(lambda: spool.committed == ["b-1", "b-2"])
+        await running.until(lambda: delivery.problem is None)
 
 
 async def test_a_result_that_was_never_kept_and_never_acknowledged_is_said_to_be_lost() -> None:

@@ -368,6 +368,7 @@ class IsolatedBackend(InferenceBackend):
         if process is None or self._commands:
             return False
         self._dismissed = process
+        self._supervisor.retire()
         process.send(["close"])
         await asyncio.wait({process.lost}, timeout=self.limits.close)
         process.kill()
@@ -613,19 +614,25 @@ class IsolatedBackend(InferenceBackend):
         mourning = [command for command in self._commands.values() if command.process is process]
         state = self._state()
         culprit = next((c.culprit for c in mourning if c.culprit is not None), None)
-        record = await self._record(process, death, state, culprit)
-        details = {
+        if any(command.name == "devices" for command in mourning):
+            # Perhaps of the question, which a driver that has gone does not survive.
+            culprit = None
+        details: dict[str, Any] = {
             "signal": death.signal,
             "exit_status": death.exit_status,
             "state": state.value,
-            "crash_record": record,
+            "crash_record": None,
         }
-        _log.error("engine_died", how=str(death), process_id=process.pid, **details)
-        await self._count(culprit)
-        kind = EngineHung if death.hung_in is not None else EngineCrashed
-        for command in mourning:
-            self._commands.pop(command.number, None)
-            command.fail(kind(f"the engine {death}", dict(details)))
+        try:
+            details["crash_record"] = await self._record(process, death, state, culprit)
+            _log.error("engine_died", how=str(death), process_id=process.pid, **details)
+            await self._count(culprit)
+        finally:
+            # Whatever goes wrong: nobody waits for a process that has gone.
+            kind = EngineHung if death.hung_in is not None else EngineCrashed
+            for command in mourning:
+                self._commands.pop(command.number, None)
+                command.fail(kind(f"the engine {death}", dict(details)))
 
     async def _record(
         self, process: EngineProcess, death: Death, state: EngineState, culprit: Subject | None

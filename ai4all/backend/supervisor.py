@@ -113,6 +113,11 @@ class Supervisor:
             if not service.result().lost.done():
                 return service.result()
 
+    def retire(self) -> None:
+        """Give the process that serves no more work; whoever has some waits for the next one."""
+        if self.in_service is not None:
+            self._service = asyncio.get_running_loop().create_future()
+
     async def close(self, within: float) -> None:
         """End the process; after ``within`` seconds by force."""
         self._closed = True

@@ -86,6 +86,11 @@ CLOSE_POLICY_VIOLATION: Final = 1008
 
 _MAX_UNKNOWN_TYPES: Final = 256
 
+# Blocks that nobody asked for are refused, each in a message that is kept until it has arrived.
+# When so many are held, a connection may bring so many more.
+_MAX_BLOCKS_HELD: Final = 4096
+_MAX_UNASKED: Final = 256
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionOptions:
@@ -169,6 +174,7 @@ class Session:
         self._answer_due: float | None = None
         self._retry_at: float | None = None
         self._outstanding_requests = 0
+        self._unasked = 0
         self._draining = False
         self._bad_frames = 0
         self._outgoing.clear()
@@ -394,6 +400,12 @@ class Session:
         self, block_id: str, event: WorkAssigned | AssignmentUnfit, now: float
     ) -> None:
         assigned = advance(self._state, Event.ASSIGNED)
+        if self._outstanding_requests == 0:
+            self._unasked += 1
+            held = len(self._running) + len(self._unacknowledged)
+            if self._unasked > _MAX_UNASKED and held >= _MAX_BLOCKS_HELD:
+                self._end(Event.CLOSED, CLOSE_POLICY_VIOLATION, "more blocks than were asked for")
+                return
         self._answered()
         self._retry_at = None
         frame = self._unacknowledged.get(block_id)
@@ -532,13 +544,17 @@ class Session:
         self._block_done(block_id)
         return True
 
+    def takes_progress(self, block_id: str) -> bool:
+        """Whether the coordinator speaks ``progress`` and the block is active."""
+        return self.is_registered and self.speaks("progress") and block_id in self._running
+
     def send_progress(self, block_id: str, text: str, completion_tokens: int) -> bool:
-        """Stream text of an active block, where the coordinator speaks ``progress``.
+        """Stream text of an active block, where the coordinator takes it.
 
         Returns:
             Whether it was said.
         """
-        if not (self.is_registered and self.speaks("progress")) or block_id not in self._running:
+        if not self.takes_progress(block_id):
             return False
         sequence = self._progress_sequence.get(block_id, 0)
         self._progress_sequence[block_id] = sequence + 1

@@ -34,6 +34,7 @@ class Job:
         deadline: ``time.monotonic()`` value after which the work is dropped, or None.
         on_text: Called with text that became certain and the count of tokens so far.
         on_completion: Called with each generation that ended well, or None.
+        max_result_bytes: Longest message that can tell the result, or None for no bound.
         processed: Tokens done: of the prompt, and sampled.
         expected: Tokens that there can be at most, as far as is known.
     """
@@ -44,6 +45,7 @@ class Job:
     deadline: float | None
     on_text: Callable[[str, int], None]
     on_completion: Callable[[Completion], None] | None = None
+    max_result_bytes: int | None = None
     processed: int = 0
     expected: int = 0
 

@@ -37,8 +37,7 @@ void engine::impl::queue_tokens(slot & place, size_t n) {
 
 void engine::impl::plan_batch() {
     model->batch().n_tokens = 0;
-    watched.clear();
-    watched_deadline = 0;
+    unwatch();
 
     // Running sequences first: a prompt never keeps them waiting longer than one chunk.
     size_t n_prompts = 0;
@@ -99,7 +98,9 @@ void engine::impl::plan_draft(slot & place) {
     const size_t left =
         std::min<size_t>(params.max_tokens - place.n_sampled, model->info().n_ctx + 1 - place.tokens.size());
     // A draft that is verified in another order of sums could end in another text.
-    const size_t room = std::min<size_t>(left > 0 ? left - 1 : 0, model->info().n_exact_batch - 1);
+    const auto   batched = static_cast<size_t>(model->batch().n_tokens);
+    const size_t free    = llama_n_batch(model->ctx()) - std::min<size_t>(llama_n_batch(model->ctx()), batched);
+    const size_t room = std::min({left > 0 ? left - 1 : 0, static_cast<size_t>(model->info().n_exact_batch - 1), free});
     place.drafted     = place.drafter.draft(place.tokens, room, cost);
     place.by_model    = false;
     if (draft && (place.drafted.empty() || !place.drafter.is_quotation())) {
@@ -156,7 +157,7 @@ void engine::impl::step() {
     const size_t  n_watched = watched.size();
     const int64_t begun     = now_ns();
     const int32_t status    = decode_batch();
-    watched.clear();
+    unwatch();
     if (status == 2) {
         // Broken off by should_abort(); whoever caused it is dropped before the next step.
         roll_back();

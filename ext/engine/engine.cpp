@@ -6,6 +6,7 @@
 #include <signal.h>
 
 #include <chrono>
+#include <system_error>
 
 #include "backends.h"
 #include "engine_impl.h"
@@ -71,6 +72,31 @@ void engine::impl::cancel(uint64_t id) noexcept {
     }
 }
 
+// With a stack for what recurses once for each character of a text: std::regex, by which llama.cpp cuts the text
+// of some models into words. Only what is used of it takes memory. Returns what pthread_create does.
+int engine::impl::start_deep(pthread_t & thread, impl & self) {
+    constexpr size_t deep   = sizeof(void *) >= 8 ? size_t{512} << 20 : size_t{64} << 20;
+    constexpr size_t least  = size_t{8} << 20;
+    int              failed = 0;
+    for (size_t bytes = deep; bytes >= least; bytes /= 2) {
+        pthread_attr_t attributes;
+        pthread_attr_init(&attributes);
+        pthread_attr_setstacksize(&attributes, bytes);
+        failed = pthread_create(
+            &thread, &attributes,
+            [](void * that) -> void * {
+                static_cast<impl *>(that)->run();
+                return nullptr;
+            },
+            &self);
+        pthread_attr_destroy(&attributes);
+        if (failed != EAGAIN && failed != ENOMEM) {
+            break;  // else a limit of the address space may leave room for less
+        }
+    }
+    return failed;
+}
+
 // The public face.
 
 engine::engine(size_t queue_capacity) : impl_(std::make_unique<impl>(queue_capacity)) {
@@ -82,13 +108,12 @@ engine::engine(size_t queue_capacity) : impl_(std::make_unique<impl>(queue_capac
     sigset_t before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    try {
-        impl_->thread = std::thread([this] { impl_->run(); });
-    } catch (...) {
-        pthread_sigmask(SIG_SETMASK, &before, nullptr);
-        throw;
-    }
+    const int failed = impl::start_deep(impl_->thread, *impl_);
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    if (failed != 0) {
+        throw std::system_error(failed, std::generic_category(), "the engine's thread");
+    }
+    impl_->has_thread = true;
 }
 
 engine::~engine() {
@@ -176,8 +201,9 @@ void engine::stop() noexcept {
     }
     impl_->wake.notify_all();
     const std::lock_guard<std::mutex> lock(impl_->join_mutex);
-    if (impl_->thread.joinable()) {
-        impl_->thread.join();
+    if (impl_->has_thread) {
+        impl_->has_thread = false;
+        pthread_join(impl_->thread, nullptr);
     }
 }
 

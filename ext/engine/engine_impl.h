@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <pthread.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <deque>
@@ -9,7 +11,6 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <thread>
 #include <unordered_map>
 #include <vector>
 
@@ -30,6 +31,8 @@ struct engine::impl {
 
     uint64_t submit(command cmd);
     void     cancel(uint64_t id) noexcept;
+
+    static int start_deep(pthread_t & thread, impl & self);
 
     // --- engine thread only -----------------------------------------------------------------
 
@@ -105,11 +108,14 @@ struct engine::impl {
     std::vector<event>            out;
     std::vector<event>            tagged;  // out of `out`
     // What should_abort() looks at while a decode runs.
+    void unwatch() noexcept;
+
     std::vector<const std::atomic<bool> *> watched;
     int64_t                                watched_deadline = 0;
 
-    std::mutex  join_mutex;
-    std::thread thread;
+    std::mutex join_mutex;
+    pthread_t  thread{};
+    bool       has_thread = false;
 };
 
 }  // namespace ai4all

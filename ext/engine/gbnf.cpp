@@ -407,35 +407,48 @@ class parser {
         return result;
     }
 
-    // Whether a rule can be nothing at all, for every rule.
+    // Whether a rule can be nothing at all, for every rule: by an alternative of references to such rules alone.
     static std::vector<bool> empty_rules(const gbnf & grammar) {
+        struct alternative {
+            uint32_t rule;
+            size_t   n_open;  // references to rules of which that is not known
+        };
         std::vector<bool>                  empty(grammar.rules.size());
-        std::vector<std::vector<uint32_t>> users(grammar.rules.size());
-        for (uint32_t id = 0; id < grammar.rules.size(); ++id) {
-            for (const uint32_t start : grammar.rules[id]) {
-                for (uint32_t at = start; grammar.elements[at].what == element::kind::reference; ++at) {
-                    users[grammar.elements[at].value].push_back(id);
-                }
+        std::vector<uint32_t>              todo;
+        std::vector<alternative>           all;
+        std::vector<std::vector<uint32_t>> users(grammar.rules.size());  // alternatives, once for each reference
+        const auto                         found = [&](uint32_t rule) {
+            if (!empty[rule]) {
+                empty[rule] = true;
+                todo.push_back(rule);
             }
-        }
-        const auto can_be_empty = [&](uint32_t id) {
-            return std::any_of(grammar.rules[id].begin(), grammar.rules[id].end(), [&](uint32_t at) {
-                while (grammar.elements[at].what == element::kind::reference && empty[grammar.elements[at].value]) {
+        };
+        for (uint32_t rule = 0; rule < grammar.rules.size(); ++rule) {
+            for (const uint32_t start : grammar.rules[rule]) {
+                uint32_t at = start;
+                while (grammar.elements[at].what == element::kind::reference) {
                     ++at;
                 }
-                return grammar.elements[at].what == element::kind::end;
-            });
-        };
-        std::vector<uint32_t> todo(grammar.rules.size());
-        for (uint32_t id = 0; id < todo.size(); ++id) {
-            todo[id] = id;
+                if (grammar.elements[at].what != element::kind::end) {
+                    continue;
+                }
+                if (at == start) {
+                    found(rule);
+                    continue;
+                }
+                for (uint32_t i = start; i < at; ++i) {
+                    users[grammar.elements[i].value].push_back(static_cast<uint32_t>(all.size()));
+                }
+                all.push_back({rule, at - start});
+            }
         }
         while (!todo.empty()) {
-            const uint32_t id = todo.back();
+            const uint32_t rule = todo.back();
             todo.pop_back();
-            if (!empty[id] && can_be_empty(id)) {
-                empty[id] = true;
-                todo.insert(todo.end(), users[id].begin(), users[id].end());
+            for (const uint32_t user : users[rule]) {
+                if (--all[user].n_open == 0) {
+                    found(all[user].rule);
+                }
             }
         }
         return empty;

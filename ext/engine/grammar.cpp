@@ -334,13 +334,27 @@ size_t grammar::mask(float * logits) {
         allowed[static_cast<size_t>(e.token)] =
             blocked == UINT32_MAX && ends_well(path.back().place, path.back().begun);
     }
+    // Tokens that are named, and those that are all but some; in one pass, however many alternatives say so.
+    std::vector<bool>                 named(n_tokens);
+    std::vector<const gbnf_element *> others;
+    bool                              is_any_named = false;
     for (const uint32_t id : places_[now_].ways) {
         const gbnf_element * top = top_of(id);
-        if (top && top->what == gbnf_element::kind::token) {
-            for (const token_table::entry & e : tokens_->entries()) {
-                const auto index = static_cast<size_t>(e.token);
-                allowed[index]   = allowed[index] || names_token(id, e.token);
-            }
+        if (!top || top->what != gbnf_element::kind::token) {
+            continue;
+        }
+        is_any_named = true;
+        if (!top->negated) {
+            named[top->value] = true;
+        } else if (others.empty() || (others.size() == 1 && others[0]->value != top->value)) {
+            others.push_back(top);  // all but one, and all but another: all
+        }
+    }
+    if (is_any_named) {
+        for (const token_table::entry & e : tokens_->entries()) {
+            const auto index = static_cast<size_t>(e.token);
+            allowed[index]   = allowed[index] || named[index] || others.size() == 2 ||
+                               (others.size() == 1 && others[0]->value != index);
         }
     }
     const bool end    = may_end(now_);

@@ -146,6 +146,10 @@ class checker {
             if (!is_literal && value.contains("$ref")) {
                 check_reference(value);
             }
+            if (!is_literal && value.contains("allOf")) {
+                std::vector<const common_json *> open;
+                check_all_of(value, open);
+            }
         }
         return nodes;
     }
@@ -153,7 +157,7 @@ class checker {
   private:
     static size_t sum(size_t a, size_t b) {
         if (a + b > max_nodes) {
-            fail("has more than " + std::to_string(max_nodes) + " parts, its lists of types written out");
+            fail("has more than " + std::to_string(max_nodes) + " parts, its lists of types and allOf written out");
         }
         return a + b;
     }
@@ -188,6 +192,78 @@ class checker {
         }
     }
 
+    // The converter makes one object of the parts of an allOf, also of those that are references, and visits what
+    // is in them anew for each: without an end where that leads back, and twice as often with each step where two
+    // lead to the same.
+    void check_all_of(const common_json & schema, std::vector<const common_json *> & open) const {
+        const common_json & parts        = schema.at("allOf");
+        size_t              n_properties = 0;
+        for (size_t i = 0; parts.is_array() && i < parts.size(); ++i) {
+            const common_json & part      = parts.at(i);
+            bool                has_parts = false;
+            for (const char * key : {"anyOf", "oneOf"}) {
+                if (part.is_object() && part.contains(key) && part.at(key).is_array()) {
+                    has_parts = true;
+                    for (size_t k = 0; k < part.at(key).size(); ++k) {
+                        n_properties += check_part(part.at(key).at(k), open);
+                    }
+                }
+            }
+            n_properties += has_parts ? 0 : check_part(part, open);
+        }
+        if (n_properties > max_properties) {
+            fail("an allOf has more than " + std::to_string(max_properties) + " properties");
+        }
+    }
+
+    size_t check_part(const common_json & part, std::vector<const common_json *> & open) const {
+        const common_json * here = &part;
+        for (size_t i = 0; i < max_references && here && here->is_object() && here->contains("$ref"); ++i) {
+            here = target(here->at("$ref"));
+        }
+        if (!here || !here->is_object() || !here->contains("properties") || !here->at("properties").is_object()) {
+            return 0;
+        }
+        if (std::find(open.begin(), open.end(), here) != open.end() || open.size() == max_depth) {
+            fail("an allOf leads back to itself, or is nested too deep");
+        }
+        open.push_back(here);
+        const common_json & properties = here->at("properties");
+        for (const auto & [name, item] : properties.items()) {
+            check_written_out(properties.at(name), open);
+        }
+        open.pop_back();
+        return properties.size();
+    }
+
+    void check_written_out(const common_json & schema, std::vector<const common_json *> & open) const {
+        n_written_out_ = sum(n_written_out_, 1);
+        if (!schema.is_object()) {
+            return;
+        }
+        if (schema.contains("allOf")) {
+            check_all_of(schema, open);
+        }
+        if (schema.contains("properties") && schema.at("properties").is_object()) {
+            const common_json & properties = schema.at("properties");
+            for (const auto & [name, item] : properties.items()) {
+                check_written_out(properties.at(name), open);
+            }
+        }
+        for (const char * key : {"items", "additionalProperties", "anyOf", "oneOf", "prefixItems"}) {
+            if (!schema.contains(key)) {
+                continue;
+            }
+            const common_json & inner = schema.at(key);
+            for (size_t i = 0; inner.is_array() && i < inner.size(); ++i) {
+                check_written_out(inner.at(i), open);
+            }
+            if (inner.is_object()) {
+                check_written_out(inner, open);
+            }
+        }
+    }
+
     const common_json * target(const common_json & reference) const {
         if (!reference.is_string()) {
             return nullptr;
@@ -212,6 +288,7 @@ class checker {
     }
 
     const common_json & root_;
+    mutable size_t      n_written_out_ = 0;
 };
 
 }  // namespace

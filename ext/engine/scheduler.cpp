@@ -44,6 +44,12 @@ bool engine::impl::should_abort(void * self) {
     return false;
 }
 
+// After each decode, however it ended: the next one may be another's.
+void engine::impl::unwatch() noexcept {
+    watched.clear();
+    watched_deadline = 0;
+}
+
 bool engine::impl::any_active() const {
     return std::any_of(slots.begin(), slots.end(), [](const slot & place) { return place.active; });
 }
@@ -217,6 +223,9 @@ void engine::impl::start(command cmd) {
         if (cmd.generate.ignore_eos && !(cmd.generate.grammar.empty() && cmd.generate.json_schema.empty())) {
             throw engine_error(errc::bad_request, "ignore_eos: a grammar or json_schema must be able to end");
         }
+        if (!model->memory()) {
+            throw engine_error(errc::bad_request, "the model has no memory of a sequence: it embeds, and no more");
+        }
         tokens = model->tokenize(cmd.generate);
         if (tokens.size() > model->info().n_ctx) {
             throw engine_error(errc::context_overflow, "the prompt has " + std::to_string(tokens.size()) +
@@ -308,15 +317,15 @@ void engine::impl::advance_job() {
     } catch (const broken_off &) {
         done = false;  // the next turn sees why
     } catch (const engine_error & error) {
-        watched.clear();
+        unwatch();
         end_job(error.code(), error.what());
         return;
     } catch (const std::bad_alloc &) {
-        watched.clear();
+        unwatch();
         end_job(errc::out_of_memory, "not enough memory for the request");
         return;
     }
-    watched.clear();
+    unwatch();
     if (done) {
         end_job(errc::ok, {});
     }
@@ -345,6 +354,7 @@ void engine::impl::end_job(errc code, const std::string & message) {
 // Models.
 
 void engine::impl::do_load(command cmd) {
+    unwatch();  // what threw has left it
     drop_model();
     prefixes            = prefix_cache(cmd.load.prefix_cache_bytes);
     prompt_ns_per_token = 0.0;

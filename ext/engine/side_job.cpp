@@ -53,6 +53,9 @@ double log_probability(const float * logits, int32_t n_vocab, llama_token token)
 
 // Embeddings.
 
+// Of one command: more would not fit into the frame that tells them to another process.
+constexpr size_t most_values = 8u << 20;
+
 embed_job::embed_job(command cmd, loaded_model & model) : side_job(std::move(cmd)), model_(model) {
     size_t longest = 0;
     for (const std::string & text : request.embed.texts) {
@@ -66,6 +69,12 @@ embed_job::embed_job(command cmd, loaded_model & model) : side_job(std::move(cmd
         n_prompt += static_cast<int32_t>(tokens.size());
         texts_.push_back(std::move(tokens));
     }
+    const auto n_embd = static_cast<size_t>(llama_model_n_embd_out(model.model()));
+    if (texts_.size() > most_values / std::max<size_t>(n_embd, 1)) {
+        throw engine_error(errc::bad_request, std::to_string(texts_.size()) + " texts have embeddings of " +
+                                                  std::to_string(n_embd) + " numbers each, at most " +
+                                                  std::to_string(most_values) + " numbers are computed at once");
+    }
     ctx_               = model.embedding_context(static_cast<uint32_t>(std::min<size_t>(longest, UINT32_MAX)));
     const size_t limit = llama_n_ubatch(ctx_);
     for (size_t i = 0; i < texts_.size(); ++i) {
@@ -75,7 +84,7 @@ embed_job::embed_job(command cmd, loaded_model & model) : side_job(std::move(cmd
                                                            std::to_string(limit) + " fit");
         }
     }
-    rows_.reserve(texts_.size() * static_cast<size_t>(llama_model_n_embd_out(model.model())));
+    rows_.reserve(texts_.size() * n_embd);
 }
 
 bool embed_job::advance() {
@@ -124,6 +133,9 @@ void embed_job::report(event & e) {
 
 score_job::score_job(command cmd, loaded_model & model)
     : side_job(std::move(cmd)), model_(model), ctx_(model.scoring_context()) {
+    if (!llama_get_memory(ctx_)) {
+        throw engine_error(errc::bad_request, "the model has no memory of a sequence: it embeds, and no more");
+    }
     prefix_        = model.tokenize(request.generate);
     size_t longest = 0;
     for (size_t i = 0; i < request.score.continuations.size(); ++i) {
@@ -195,7 +207,8 @@ void score_job::advance_group() {
     llama_seq_id seq     = 1;
     for (; next < continuations_.size() && seq < static_cast<llama_seq_id>(llama_n_seq_max(ctx_)); ++next, ++seq) {
         const auto & tokens = continuations_[next];
-        if (batch.n_tokens + tokens.size() - 1 > scoring_rows) {
+        const size_t rows   = batch.n_tokens + tokens.size() - 1;
+        if (rows > scoring_rows || prefix_.size() + rows > llama_n_ctx(ctx_)) {
             break;
         }
         llama_memory_seq_cp(cells, 0, seq, -1, -1);

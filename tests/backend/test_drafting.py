@@ -97,6 +97,19 @@ async def test_the_tokens_are_those_of_plain_decoding(
     assert accepted > 10
 
 
+@pytest.mark.parametrize("n_batch", [1, 2, 4])
+async def test_a_draft_is_no_longer_than_the_batch(
+    target: ModelFile, close: ModelFile, n_batch: int
+) -> None:
+    options = replace(OPTIONS, n_batch=n_batch, n_ubatch=n_batch, draft=close, draft_tokens=16)
+    async with NativeBackend() as backend:
+        await backend.load(target, options)
+        for each in REQUESTS:
+            with_draft = await backend.complete(each)
+            plain = await backend.complete(replace(each, speculate=False, reuse_prefix=False))
+            assert with_draft.token_ids == plain.token_ids
+
+
 async def test_deterministic_requests_do_without(backend: InferenceBackend) -> None:
     end = await backend.complete(request(deterministic=True))
     assert (end.draft_tokens, end.draft_model_tokens) == (0, 0)

@@ -929,6 +929,20 @@ async def test_another_look_is_another_process_and_no_death(
     assert "engine_died" not in {entry["event"] for entry in logs}
 
 
+async def test_a_process_that_is_sent_away_gets_no_more_work(scripted: Scripted) -> None:
+    backend = scripted(devices=[PROCESSOR])
+    await backend.open()
+    await backend.load(SCRIPTED, OPTIONS)
+    looking = asyncio.create_task(backend.look_again())
+    await asyncio.sleep(0)
+    asked = [asyncio.create_task(backend.devices()) for _ in range(3)]
+    asked_too = asyncio.create_task(backend.complete(greedy()))
+    assert await looking
+    assert [len(found) for found in await asyncio.gather(*asked)] == [1, 1, 1]
+    assert (await asked_too).usage.completion_tokens > 0
+    assert not backend._commands
+
+
 async def test_no_other_look_while_something_is_computed(scripted: Scripted) -> None:
     backend = scripted(generation={"token_ms": 20.0})
     await backend.open()

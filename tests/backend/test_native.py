@@ -19,6 +19,7 @@ from ai4all import _engine
 from ai4all.backend import native, registry
 from ai4all.backend.base import (
     Completion,
+    EmbedRequest,
     EngineOptions,
     GenerateRequest,
     GenerationEvent,
@@ -248,6 +249,47 @@ class TestCancellation:
         with pytest.raises(DeadlineExceeded) as caught:
             await backend.complete(greedy(deadline=time.monotonic() - 1))
         assert caught.value.details == {"prompt_tokens": 0, "completion_tokens": 0}
+
+
+class TestLimits:
+    """Requests at the edges of what fits."""
+
+    async def test_a_deadline_that_has_passed_is_nobody_elses(
+        self, backend: NativeBackend, tiny_model: Path
+    ) -> None:
+        soon = time.monotonic() + 0.3
+        await backend.embed(EmbedRequest(texts=("a",), deadline=soon))
+        await backend.complete(greedy(max_tokens=1, deadline=soon))
+        await asyncio.sleep(0.4)
+        await backend.load(model_file(tiny_model), OPTIONS)
+        assert (await backend.complete(greedy())).usage.completion_tokens == 16
+
+    async def test_labels_at_the_end_of_the_context(self, backend: NativeBackend) -> None:
+        labels = tuple(f"label number {n}" for n in range(20))
+        scored = []
+        for words in range(200, 800, 10):
+            request = ScoreRequest(prompt="a " * words, continuations=labels)
+            try:
+                scored.append(len((await backend.score_labels(request)).log_likelihoods))
+            except ContextOverflow:
+                break
+        else:
+            pytest.fail("everything fits")
+        assert set(scored) == {20}
+
+    async def test_a_text_without_an_end_is_cut_into_words(self, tmp_path: Path) -> None:
+        """By std::regex, which recurses once for each character."""
+        file = tmp_path / "words.gguf"
+        metadata = tiny_metadata() | {
+            "tokenizer.ggml.model": ("str", "gpt2"),
+            "tokenizer.ggml.pre": ("str", "deepseek-coder"),
+            "tokenizer.ggml.merges": ("array:str", ["a a"]),
+        }
+        file.write_bytes(encode_gguf(metadata, tiny_tensors()))
+        async with NativeBackend() as backend:
+            await backend.load(model_file(file), OPTIONS)
+            with pytest.raises(ContextOverflow):
+                await backend.complete(greedy("a" * 300_000))
 
 
 class TestLifetime:

@@ -244,6 +244,9 @@ void bombs_end(const vocabulary & v) {
     }
     bombs.push_back(chain + "c20000 ::= \"a\"\n");
     bombs.push_back("root ::= " + repeated("\"a\"? ", 3000));
+    bombs.push_back("root ::= " + repeated("a{2000} ", 261) + "\"z\"\na ::= \"\"");
+    bombs.push_back("root ::= (<[4]>" + repeated(" | <[5]>", 4000) + ")*");
+    bombs.push_back("root ::= (!<[4]>" + repeated(" | !<[5]>", 4000) + ")*");
     bombs.push_back("root ::= " + repeated("\"a\" | ", 3000) + "\"b\"");
 
     for (const std::string & text : bombs) {
@@ -325,6 +328,18 @@ void schemas_have_bounds(const vocabulary & v) {
     for (int i = 0; i < 20; ++i) {
         types = "{\"type\":[\"array\",\"array\"],\"items\":" + types + "}";
     }
+    // Twice as much with each step, once it is written out.
+    std::string doubling = "{\"allOf\":[{\"$ref\":\"#/d0\"}],";
+    for (int i = 0; i < 30; ++i) {
+        const std::string next = "{\"$ref\":\"#/d" + std::to_string(i + 1 == 30 ? 40 : i + 1) + "\"}";
+        doubling += "\"d" + std::to_string(i) + "\":{\"properties\":{\"a\":{\"allOf\":[" + next + "," + next + "]}}},";
+    }
+    const std::string wide  = "{\"allOf\":[{\"anyOf\":[" + repeated("{\"$ref\":\"#/d\"},", 39);
+    std::string       fifty = "{\"properties\":{";
+    for (int i = 0; i < 50; ++i) {
+        fifty += (i ? ",\"p" : "\"p") + std::to_string(i) + "\":{}";
+    }
+    fifty += "}}";
     const std::vector<std::pair<std::string, std::string>> wrong = {
         {"", "json_schema: "},
         {"[]", "json_schema: "},
@@ -354,6 +369,10 @@ void schemas_have_bounds(const vocabulary & v) {
          "a\"}]}",
          "without an end"},
         {"{\"a\":" + repeated("\"x\"", 100'000) + "}", "at most"},
+        {R"({"allOf":[{"$ref":"#/d"}],"d":{"properties":{"a":{"allOf":[{"$ref":"#/d"}]}}}})", "leads back to itself"},
+        {R"({"$ref":"#/d","d":{"properties":{"a":{"items":{"allOf":[{"$ref":"#/d"}]}}}}})", "leads back to itself"},
+        {doubling + "\"d40\":{\"properties\":{\"a\":{}}}}", "more than 8192 parts"},
+        {wide + "{\"$ref\":\"#/d\"}]}],\"d\":" + fifty + "}", "an allOf has more than 128 properties"},
     };
     for (const auto & [text, reason] : wrong) {
         std::string message;

@@ -344,6 +344,35 @@ class TestWork:
         session.receive_timeout(1.5)
         assert session.may_request_work
 
+    def test_a_flood_of_blocks_that_nobody_asked_for_ends_the_connection(
+        self, make_session: MakeSession
+    ) -> None:
+        session = start(make_session(max_unacknowledged=10_000))
+
+        def flood(name: str) -> int:
+            for number in range(10_000):
+                session.receive(assignment(f"{name}-{number}"), 0.0)
+                if not session.is_registered:
+                    return number
+                submit(session, f"{name}-{number}")
+                session.events()
+            return 10_000
+
+        assert flood("first") == 4096
+        assert CloseLink(1008, "more blocks than were asked for") in session.events()
+        session.receive_closed()
+        start(session)
+        assert flood("second") == 256
+        session.receive_closed()
+        # What was asked for is taken, however much waits.
+        start(session)
+        for number in range(300):
+            session.send_request_work(1.0)
+            session.receive(assignment(f"asked-{number}"), 1.0)
+            session.events()
+        assert session.is_registered
+        assert len(session.running) == 300
+
     def test_a_finished_block_is_answered_with_what_there_is(
         self, make_session: MakeSession
     ) -> None:

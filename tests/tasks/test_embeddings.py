@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from task_runs import run_task
+from task_runs import MODEL, run_task
 
-from ai4all.backend.base import Embeddings, EmbedRequest
+from ai4all.backend.base import Embeddings, EmbedRequest, EngineOptions
 from ai4all.backend.fake import FakeBackend
-from ai4all.errors import ContextOverflow, EngineCrashed
+from ai4all.errors import BadRequest, ContextOverflow, EngineCrashed
+from ai4all.tasks import Job, compute, parse_input
 from ai4all.types.task import EmbeddingsOutput, TaskType
 
 TEXTS = ["the dog chased the cat", "a dog chased a cat away", "interest rates rise"]
@@ -82,3 +83,17 @@ async def test_what_is_no_number_is_the_engines_fault(value: float) -> None:
 async def test_a_text_that_does_not_fit_is_not_cut() -> None:
     with pytest.raises(ContextOverflow):
         await embed(FakeBackend(n_ctx=8), texts=["short", "word " * 9])
+
+
+async def test_what_no_message_can_hold_is_refused_before_it_is_written_out() -> None:
+    backend = FakeBackend()
+    await backend.load(MODEL, EngineOptions())
+    parsed = parse_input(TaskType.EMBEDDINGS, {"texts": TEXTS})
+    job = Job(TaskType.EMBEDDINGS, parsed, backend, None, lambda text, count: None)
+    fits = await compute(job)
+    assert isinstance(fits.output, EmbeddingsOutput)
+    job.max_result_bytes = 2 * 3 * fits.output.dimensions
+    assert (await compute(job)).output == fits.output
+    job.max_result_bytes -= 1
+    with pytest.raises(BadRequest, match="texts: 3 embeddings"):
+        await compute(job)
