@@ -377,10 +377,16 @@ void grammar::accept(llama_token token) {
     if (tokens_->is_end(token)) {
         return;
     }
-    stacks next;
+    stacks                       next;
+    std::unordered_set<uint32_t> followed;  // many alternatives may lead to one
     for (const uint32_t id : places_[now_].ways) {
         if (names_token(id, token)) {
-            const stacks & ways = ways_from(make(nodes_[id].at + 1, nodes_[id].below));
+            const uint32_t to = make(nodes_[id].at + 1, nodes_[id].below);
+            if (!followed.insert(to).second) {
+                continue;
+            }
+            const stacks & ways = ways_from(to);
+            spend(ways.size());
             next.insert(next.end(), ways.begin(), ways.end());
         }
     }
