@@ -345,7 +345,9 @@ size_t grammar::mask(float * logits) {
         }
         is_any_named = true;
         if (!top->negated) {
-            named[top->value] = true;
+            if (top->value < n_tokens) {  // the grammar's number, which may be no token
+                named[top->value] = true;
+            }
         } else if (others.empty() || (others.size() == 1 && others[0]->value != top->value)) {
             others.push_back(top);  // all but one, and all but another: all
         }

@@ -245,6 +245,7 @@ void bombs_end(const vocabulary & v) {
     bombs.push_back(chain + "c20000 ::= \"a\"\n");
     bombs.push_back("root ::= " + repeated("\"a\"? ", 3000));
     bombs.push_back("root ::= " + repeated("a{2000} ", 261) + "\"z\"\na ::= \"\"");
+    bombs.push_back("root ::= <[4294967295]> | <[100000]> | !<[4294967295]> \"a\" | \"a\"");
     bombs.push_back("root ::= (<[4]>" + repeated(" | <[5]>", 4000) + ")*");
     bombs.push_back("root ::= (!<[4]>" + repeated(" | !<[5]>", 4000) + ")*");
     bombs.push_back("root ::= " + repeated("\"a\" | ", 3000) + "\"b\"");
